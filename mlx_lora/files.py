@@ -1,0 +1,104 @@
+"""Files that are either whole or absent: written under a temporary name, flushed to the disk, then renamed."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mlx_lora.errors import InputError
+
+TEMPORARY = ".tmp-"
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns what goes wrong in writing (a full disk, no permission, a vanished volume) into an InputError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError
+        raise InputError(
+            f"{folder}: cannot be written ({error}); what was saved before is whole: mend it, then go on with --resume"
+        ) from None
+
+
+def sync(path: Path) -> None:
+    """Flushes a file or folder to the disk itself (on macOS, fsync alone leaves it in the drive's cache)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        full = getattr(fcntl, "F_FULLFSYNC", None)
+        if full is None:
+            os.fsync(descriptor)
+        else:
+            fcntl.fcntl(descriptor, full)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; at the end it takes the name, replacing what was there."""
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` to fill; at the end it takes the name.
+
+    A folder of that name is removed first: it is the same checkpoint of an earlier try.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            sync(file)
+        sync(temporary)
+        if path.exists():
+            remove_folder(path)
+        temporary.rename(path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder so that no half of it can be taken for the whole."""
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-removed-{path.name}")
+    path.rename(temporary)
+    shutil.rmtree(temporary)
+
+
+def clear_temporaries(folder: Path) -> None:
+    """Removes what killed processes left behind in a folder."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file as a person would read it."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Checks and tests in .venv, which it makes: what .ci/run runs. Arguments go to pytest.
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" test
+
+.venv/bin/ruff check
+.venv/bin/ruff format --check
+.venv/bin/mypy
+.venv/bin/python -m pytest --cov=mlx_lora "$@"
