@@ -1,0 +1,259 @@
+"""Every option of a run, declared once: its key, type, bounds, default and meaning.
+
+The command line, the reference YAML, the JSON schema and the README's table are all made from these declarations
+(see config_file.py).
+"""
+
+import os
+import re
+import types
+import typing
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
+
+
+class Options(BaseModel):
+    """A group of options: unknown keys are errors, values are taken as they are written, nothing changes later."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+# A path or name; ~ is the home folder.
+Name = Annotated[str, Field(min_length=1, max_length=4000, pattern=r"^[^\x00]+$"), AfterValidator(os.path.expanduser)]
+
+
+class Quantize(Options):
+    bits: Literal[2, 3, 4, 5, 6, 8] = Field(4, description="bits per weight")
+    group_size: Literal[32, 64, 128] = Field(64, description="weights that share one scale and bias")
+
+
+class Model(Options):
+    path: Name = Field(description="hub id, local folder, or .gguf file")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="float32 | bfloat16 | float16 | auto: as stored, but float32 on a CPU"
+    )
+    quantize: Quantize | None = Field(None, description="quantize the base on load: {bits, group_size}")
+
+
+class Data(Options):
+    train: Name = Field(description="JSONL or JSON file of rows")
+    valid: Name | Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.05, description="a file, or the fraction of train held out by a hash of each row; 0: none"
+    )
+    format: Literal["auto", "messages", "completion", "text"] = Field(
+        "auto", description="what a row holds: messages | completion (prompt, completion) | text; auto: seen per row"
+    )
+    loss_on: Literal["assistant", "last", "completion", "all"] = Field(
+        "assistant",
+        description="what is learned: assistant (every answer) | last (the last answer) | completion | all tokens",
+    )
+    max_seq_length: int = Field(2048, ge=2, description="longest row, in tokens")
+    on_overflow: Literal["truncate", "drop", "error"] = Field(
+        "truncate", description="what happens to longer rows: truncate | drop | error"
+    )
+
+
+class Lora(Options):
+    rank: int = Field(16, ge=1, le=65536, description="rank of the update")
+    alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout on the update's input (for embeddings: its output), in training only"
+    )
+    init: Literal["kaiming_uniform", "gaussian"] = Field(
+        "kaiming_uniform",
+        description="how lora_a starts: kaiming_uniform (within 1/sqrt(in)) | gaussian (deviation 1/rank)",
+    )
+    target_modules: str | list[str] = Field(
+        "all-linear", description="all-linear, a module's name, a glob on its path, re:REGEX, or a list of these"
+    )
+    layers: str | list[int] = Field("all", description="blocks that are adapted: all | last:8 | 0-15 | a list")
+
+    @field_validator("target_modules")
+    @classmethod
+    def _patterns(cls, value: str | list[str]) -> str | list[str]:
+        patterns = [value] if isinstance(value, str) else value
+        if not patterns or not all(patterns):
+            raise ValueError("names at least one module")
+        for pattern in patterns:
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as error:
+                    raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        return value
+
+    @field_validator("layers")
+    @classmethod
+    def _layers(cls, value: str | list[int]) -> str | list[int]:
+        if isinstance(value, str) and not re.fullmatch(r"all|last:[1-9]\d*|\d+-\d+", value):
+            raise ValueError("is all, last:N, FIRST-LAST or a list of block numbers")
+        if isinstance(value, list) and (not value or min(value) < 0):
+            raise ValueError("lists block numbers from 0")
+        return value
+
+
+class Schedule(Options):
+    name: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="after warmup: constant | linear | cosine"
+    )
+    warmup: float = Field(
+        0.03, ge=0, description="steps in which the rate rises from min_lr; below 1: a share of all steps"
+    )
+    min_lr: float = Field(1e-6, ge=0, description="rate that warmup starts from and the decay ends at")
+
+    @field_validator("warmup")
+    @classmethod
+    def _whole_steps(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError("is a share below 1 or a whole number of steps")
+        return value
+
+
+Betas = Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
+
+
+class AdamW(Options):
+    name: Literal["adamw"] = Field("adamw", description="adamw | adam | sgd | adafactor | lion")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled decay, times the learning rate")
+    betas: Betas = Field([0.9, 0.999], description="decay of the two running averages")
+    eps: float = Field(1e-8, gt=0, description="added to the denominator")
+
+
+class Adam(Options):
+    name: Literal["adam"] = "adam"
+    betas: Betas = Field([0.9, 0.999], description="decay of the two running averages")
+    eps: float = Field(1e-8, gt=0, description="added to the denominator")
+
+
+class SGD(Options):
+    name: Literal["sgd"] = "sgd"
+    momentum: float = Field(0.0, ge=0, lt=1, description="share of the last update that is kept")
+    weight_decay: float = Field(0.0, ge=0, description="L2 penalty added to the gradient")
+
+
+class Adafactor(Options):
+    name: Literal["adafactor"] = "adafactor"
+    weight_decay: float = Field(0.0, ge=0, description="decoupled decay, times the learning rate")
+    scale_parameter: bool = Field(False, description="multiply the rate by the size of each parameter")
+
+
+class Lion(Options):
+    name: Literal["lion"] = "lion"
+    weight_decay: float = Field(0.0, ge=0, description="decoupled decay, times the learning rate")
+    betas: Betas = Field([0.9, 0.99], description="decay of the update and of the running average")
+
+
+def _optimizer_name(value: Any) -> Any:
+    return value.get("name", "adamw") if isinstance(value, dict) else getattr(value, "name", None)
+
+
+Optimizer = Annotated[
+    Annotated[AdamW, Tag("adamw")]
+    | Annotated[Adam, Tag("adam")]
+    | Annotated[SGD, Tag("sgd")]
+    | Annotated[Adafactor, Tag("adafactor")]
+    | Annotated[Lion, Tag("lion")],
+    Discriminator(_optimizer_name),
+]
+
+
+class Train(Options):
+    epochs: int | None = Field(3, ge=1, description="passes over the data; null: until max_steps")
+    max_steps: int | None = Field(
+        None, ge=1, description="optimizer updates after which the run ends, if not before; null: no limit"
+    )
+    batch_size: int = Field(4, ge=1, description="rows in a forward pass")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="forward passes in an optimizer update")
+    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
+    schedule: Schedule = Schedule()
+    optimizer: Optimizer = AdamW()
+    max_grad_norm: float | None = Field(1.0, gt=0, description="clips the global norm of the gradient; null: never")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over the vocabulary")
+    gradient_checkpointing: bool = Field(False, description="recompute each block in the backward pass: less memory")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="random seed of the adapter's start, the order of rows and the dropout"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Train":
+        if self.epochs is None and self.max_steps is None:
+            raise ValueError("train needs epochs or max_steps")
+        if self.schedule.min_lr > self.learning_rate:
+            raise ValueError(
+                f"train.schedule.min_lr ({self.schedule.min_lr:g}) is above train.learning_rate "
+                f"({self.learning_rate:g}); lower it"
+            )
+        return self
+
+
+class Eval(Options):
+    every: int = Field(200, ge=1, description="steps between evaluations; also at the start and the end")
+    early_stopping: int | None = Field(None, ge=1, description="evaluations without a better loss that end the run")
+    samples: list[str] = Field([], description="prompts answered (greedily) at every evaluation")
+
+
+class Checkpoint(Options):
+    every: int = Field(200, ge=1, description="steps between checkpoints; also at the end")
+    keep: int = Field(3, ge=1, description="newest checkpoints that are kept")
+
+
+class Log(Options):
+    every: int = Field(10, ge=1, description="steps between reports")
+
+
+def _model_mapping(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+class Config(Options):
+    """A whole run."""
+
+    model: Annotated[Model, BeforeValidator(_model_mapping)]
+    data: Data
+    lora: Lora = Lora()
+    train: Train = Train()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    output_dir: Name = Field(description="folder of the run")
+    notes: dict[str, str] = Field({}, description="free text that is stored with the adapter")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        if self.data.valid == 0 and self.eval.early_stopping is not None:
+            raise ValueError("eval.early_stopping needs validation rows: set data.valid")
+        return self
+
+
+def walk(group: type[Options] = Config, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """Every option as (key path, declared field, group class); the variants of a group follow one another."""
+    for name, field in group.model_fields.items():
+        groups = [kind for kind in _members(field.annotation) if isinstance(kind, type) and issubclass(kind, Options)]
+        if field.default is None and groups:  # an optional group is one option: present or absent
+            yield (*prefix, name), field, group
+        for kind in groups:
+            yield from walk(kind, (*prefix, name))
+        if not groups:
+            yield (*prefix, name), field, group
+
+
+def _members(annotation: Any) -> list[Any]:
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        return _members(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        return [member for part in typing.get_args(annotation) for member in _members(part)]
+    return [annotation]
