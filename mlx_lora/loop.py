@@ -1,0 +1,308 @@
+"""The training loop: steps, reports, evaluations and checkpoints, in the order they happen."""
+
+import math
+import signal
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_lora import adapter_files, checkpoint, files, generation, lora, metrics
+from mlx_lora.batches import Batch, Batches
+from mlx_lora.checkpoint import Progress
+from mlx_lora.config import Config
+from mlx_lora.data import Dataset
+from mlx_lora.errors import InputError, Interrupted
+from mlx_lora.gradient_checkpointing import checkpoint_blocks
+from mlx_lora.model import Base, can_compile
+from mlx_lora.optim import learning_rate, make_optimizer
+from mlx_lora.scoring import score
+from mlx_lora.step import Outcome, State, Step
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of a finished run. Losses are means per supervised token (nats); `final_loss` and `best_loss` are on the
+    validation rows where there are any, else `final_loss` is that of the last update and `best_loss` is None."""
+
+    final_loss: float
+    best_loss: float | None
+    best_step: int
+    steps: int
+    epochs: float
+    tokens: int
+    supervised_tokens: int
+    seconds: float
+    output_dir: Path
+
+
+@dataclass
+class Run:
+    """One training run over an adapter that is attached to `base.model`."""
+
+    config: Config
+    base: Base
+    train: Dataset
+    valid: Dataset | None
+    contract: dict[str, Any]
+    log: metrics.Log = field(default_factory=metrics.Log)
+
+    def __post_init__(self) -> None:
+        options = self.config.train
+        self.folder = Path(self.config.output_dir)
+        self.batches = Batches(self.train.examples, options.batch_size, options.seed)
+        self.valid_batches = Batches(self.valid.examples, options.batch_size, 0) if self.valid else None
+        self.steps = total_steps(self.config, self.batches)
+        self.best: checkpoint.Saved | None = None
+        self.settings = adapter_files.settings(self.base.model, self.config)
+
+    def fit(self, resume_from: Path | None = None) -> Result:
+        """Trains from the start or from a checkpoint to the end; a run that has ended stays as it is.
+
+        Raises Interrupted after a signal, with the state saved; InputError where the loss stays non-finite.
+        """
+        progress = Progress() if resume_from is None else checkpoint.read_progress(resume_from)[0]
+        if progress.finished:
+            self.log.say("this run has ended already")
+            return self._result(progress)
+        if self.config.train.gradient_checkpointing:
+            checkpoint_blocks(self.base.model)
+        step = Step(self.base.model, make_optimizer(self.config.train), self.config.train, can_compile())
+        state = step.initial_state()
+        if resume_from is not None:
+            state, self.best = checkpoint.restore(resume_from, state)
+        self.log.open(self.folder, progress.step)
+        mx.reset_peak_memory()
+        try:
+            with _Signals() as signals:
+                self.log.start_bar(progress.step, self.steps)
+                if progress.step == 0:
+                    self._evaluate(state.adapter, progress, learning_rate(self.config.train, 0, self.steps))
+                elif self.best is not None:
+                    self._keep(*self.best)  # what stands there may be of steps that are lost
+                self._steps(step, state, progress, signals)
+        finally:
+            self.log.close()
+        return self._result(progress)
+
+    def _steps(self, step: Step, state: State, progress: Progress, signals: "_Signals") -> None:
+        config, skipped_in_a_row = self.config, 0
+        accumulate = config.train.gradient_accumulation_steps
+        clock = time.perf_counter()
+        for micro_batches in self.batches.steps(accumulate, progress.step, self.steps):
+            rate = learning_rate(config.train, progress.step, self.steps)
+            state, outcome = step(state, micro_batches, rate, progress.step)
+            now = time.perf_counter()
+            self._count(progress, micro_batches, outcome, now - clock)
+            self.log.advance(progress.step)
+
+            skipped_in_a_row = 0 if outcome.applied.item() else skipped_in_a_row + 1
+            if skipped_in_a_row:
+                self._warn_skipped(state, progress, micro_batches, rate, skipped_in_a_row)
+
+            stop = signals.received is not None
+            last = progress.step == self.steps
+            if last or progress.step % config.log.every == 0:
+                self._report(progress, outcome, rate)
+            if last or (progress.step % config.eval.every == 0):
+                self._evaluate(state.adapter, progress, rate)
+                patience = config.eval.early_stopping
+                if patience is not None and progress.evaluations_since_best >= patience:
+                    self.log.event(
+                        "early_stop",
+                        progress.step,
+                        f"no better validation loss in {patience} evaluations: stopping",
+                    )
+                    last = True
+            progress.finished = last
+            if last or stop or progress.step % config.checkpoint.every == 0:
+                self._save(state, progress, rate)
+            if last and self.valid_batches is not None and self.best is None:
+                raise InputError(
+                    "the validation loss was never finite, so there is no best adapter: lower train.learning_rate or "
+                    f"lora.alpha; the last one is in {self.folder / checkpoint.FOLDER}"
+                )
+            if last:
+                return
+            if stop:
+                assert signals.received is not None
+                raise Interrupted(
+                    signals.received,
+                    f"stopped at step {progress.step} of {self.steps}, everything is saved; "
+                    "go on with the same command and --resume",
+                )
+            clock = time.perf_counter()
+
+    def _count(self, progress: Progress, batches: list[Batch], outcome: Outcome, seconds: float) -> None:
+        tokens, supervised = sum(batch.tokens for batch in batches), sum(batch.supervised for batch in batches)
+        progress.step += 1
+        progress.tokens += tokens
+        progress.supervised_tokens += supervised
+        progress.seconds += seconds
+        loss = float(outcome.loss.item())
+        progress.loss = loss
+        if not outcome.applied.item():
+            loss, tokens, supervised = 0.0, 0, 0
+        sums = {
+            "loss": loss * supervised,
+            "supervised": supervised,
+            "tokens": tokens,
+            "seconds": seconds,
+        }
+        progress.since_report = {name: progress.since_report.get(name, 0) + value for name, value in sums.items()}
+
+    def _report(self, progress: Progress, outcome: Outcome, rate: float) -> None:
+        sums, progress.since_report = progress.since_report, {}
+        loss = sums["loss"] / sums["supervised"] if sums["supervised"] else float("nan")
+        norm = outcome.gradient_norm.item()
+        supervised, total = sums["supervised"] / sums["seconds"], sums["tokens"] / sums["seconds"]
+        peak = mx.get_peak_memory()
+        width = len(str(self.steps))
+        self.log.event(
+            "train",
+            progress.step,
+            f"step {progress.step:{width}d}/{self.steps}  loss {loss:7.4f}  lr {rate:.2e}  grad norm {norm:7.3f}  "
+            f"tokens/s {supervised:6.0f} supervised {total:6.0f} all  peak {peak / 1e9:6.2f} GB",
+            loss=loss,
+            learning_rate=rate,
+            gradient_norm=norm,
+            supervised_tokens_per_second=supervised,
+            tokens_per_second=total,
+            supervised_tokens=progress.supervised_tokens,
+            tokens=progress.tokens,
+            seconds=progress.seconds,
+            peak_memory=peak,
+            active_memory=mx.get_active_memory(),
+        )
+
+    def _warn_skipped(self, state: State, progress: Progress, batches: list[Batch], rate: float, in_a_row: int) -> None:
+        progress.skipped_updates += 1
+        places = [self.train.examples[row].place for batch in batches for row in batch.rows]
+        self.log.event(
+            "skipped",
+            progress.step,
+            f"step {progress.step}: the loss or gradient is not finite, update left out; rows {', '.join(places)}",
+            rows=places,
+        )
+        if in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            self._save(state, progress, rate)
+            raise InputError(
+                f"{in_a_row} updates in a row were not finite: lower train.learning_rate, or set model.dtype to "
+                f"bfloat16 or float32; the last good adapter is in {self.folder / checkpoint.FOLDER}"
+            )
+
+    def _evaluate(self, adapter: dict[str, mx.array], progress: Progress, rate: float) -> None:
+        """Scores the validation rows, keeps the adapter if it is the best so far, and answers the sample prompts."""
+        lora.set_parameters(self.base.model, adapter)
+        if self.valid_batches is not None:
+            result = score(self.base.model, self.valid_batches)
+            progress.valid_loss = result.loss
+            better = math.isfinite(result.loss) and (progress.best_loss is None or result.loss < progress.best_loss)
+            progress.evaluations_since_best = 0 if better else progress.evaluations_since_best + 1
+            if better:
+                progress.best_loss, progress.best_step = result.loss, progress.step
+                self.best = adapter, self._metadata(progress, rate)
+                self._keep(*self.best)
+            self.log.event(
+                "eval",
+                progress.step,
+                f"eval at step {progress.step}: loss {result.loss:.4f}  perplexity {result.perplexity:.3f}  "
+                f"on {result.tokens} tokens{'  (best)' if better else ''}",
+                loss=result.loss,
+                perplexity=result.perplexity,
+                tokens=result.tokens,
+                best=better,
+            )
+        for prompt in self.config.eval.samples:
+            tokens = generation.prompt_tokens(self.base.tokenizer, prompt)
+            answer = "".join(generation.stream(self.base.model, self.base.tokenizer, tokens))
+            self.log.event("sample", progress.step, f"  {prompt!r} -> {answer!r}", prompt=prompt, answer=answer)
+
+    def _save(self, state: State, progress: Progress, rate: float) -> None:
+        if self.valid_batches is None:
+            self._keep(state.adapter, self._metadata(progress, rate))
+        with files.writing(self.folder):
+            checkpoint.save(
+                self.folder,
+                state,
+                self.best,
+                progress,
+                self.settings,
+                self.contract,
+                self._metadata(progress, rate),
+                self.config.checkpoint.keep,
+            )
+        self.log.record("saved", progress.step)
+
+    def _keep(self, adapter: dict[str, mx.array], metadata: dict[str, str]) -> None:
+        """Puts the adapter where other tools look for it: in the run's folder."""
+        with files.writing(self.folder):
+            adapter_files.save(self.folder, adapter, self.settings, metadata)
+
+    def _metadata(self, progress: Progress, rate: float) -> dict[str, str]:
+        return {
+            "format": "mlx",
+            "step": str(progress.step),
+            "loss": str(progress.loss),
+            "valid_loss": str(progress.valid_loss),
+            "learning_rate": f"{rate:.6g}",
+            "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **{f"base_{name}": value for name, value in self.base.identity.items()},
+            "train_rows": self.train.digest,
+            "valid_rows": self.valid.digest if self.valid else "",
+            **{f"notes.{name}": text for name, text in self.config.notes.items()},
+        }
+
+    def _result(self, progress: Progress) -> Result:
+        final = progress.valid_loss if progress.valid_loss is not None else progress.loss
+        assert final is not None
+        per_epoch = self.batches.steps_per_epoch(self.config.train.gradient_accumulation_steps)
+        return Result(
+            final_loss=final,
+            best_loss=progress.best_loss,
+            best_step=progress.best_step,
+            steps=progress.step,
+            epochs=progress.step / per_epoch,
+            tokens=progress.tokens,
+            supervised_tokens=progress.supervised_tokens,
+            seconds=progress.seconds,
+            output_dir=self.folder,
+        )
+
+
+def total_steps(config: Config, batches: Batches) -> int:
+    """Optimizer updates of the run: all epochs, or `max_steps` if that is fewer or there is no number of epochs."""
+    options = config.train
+    limits = [options.max_steps] if options.max_steps is not None else []
+    if options.epochs is not None:
+        limits.append(options.epochs * batches.steps_per_epoch(options.gradient_accumulation_steps))
+    return min(limits)
+
+
+class _Signals:
+    """Notes the first SIGINT, SIGTERM or SIGHUP (a closed terminal) for the loop to act on between steps; the second
+    one acts at once."""
+
+    received: int | None = None
+
+    def __enter__(self) -> "_Signals":
+        self._kept: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                self._kept[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._kept.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.received = number
+        for each in self._kept:
+            signal.signal(each, signal.SIG_DFL)

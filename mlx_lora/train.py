@@ -1,0 +1,192 @@
+"""python -m mlx_lora.train --config my.yaml: fine-tune a model."""
+
+import argparse
+import sys
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mlx_lora import __version__, adapter_files, checkpoint, config_file, data, files, lora, metrics, model
+from mlx_lora.batches import Batches
+from mlx_lora.config import Config
+from mlx_lora.data import Dataset
+from mlx_lora.errors import InputError, exit_code
+from mlx_lora.loop import Result, Run, total_steps
+from mlx_lora.model import Base
+from mlx_lora.optim import learning_rate, warmup_steps
+
+
+def finetune(
+    config: str | Path | dict[str, Any] | Config, overrides: list[str] | None = None, resume: bool = False
+) -> Result:
+    """Trains as the command does: `config` is a YAML file, a mapping or a Config, `overrides` are ``a.b=value``.
+
+    Returns losses, steps, epochs, tokens and seconds. Raises InputError for bad input, Interrupted after a signal.
+    """
+    config = _config(config, overrides or [])
+    log = metrics.Log()
+    folder = Path(config.output_dir)
+    start = _start(folder, resume, log)
+    base, train, valid = _load(config, log)
+    paths = lora.attach(base.model, config.lora, config.train.seed)
+    contract = _contract(config, base, train, valid)
+    if start is not None:
+        progress, then = checkpoint.read_progress(start)
+        for note in checkpoint.check(start, then, contract):
+            log.say(note)
+        log.say(f"resuming {folder} at step {progress.step}")
+    counts = lora.count(base.model)
+    log.say(
+        f"adapting {len(paths)} layers: {counts.trainable:,} of {counts.total:,} parameters train "
+        f"({100 * counts.trainable / counts.total:.2f} %); base {counts.base_bytes / 1e9:.2f} GB, "
+        f"adapter {counts.adapter_bytes / 1e6:.1f} MB"
+    )
+    _write_config(folder, config, base, train, valid)
+    result = Run(config, base, train, valid, contract, log).fit(start)
+    best = "" if result.best_loss is None else f", best {result.best_loss:.4f} at step {result.best_step}"
+    log.say(
+        f"done: {result.steps} steps ({result.epochs:.3g} epochs) in {result.seconds:.0f} s, "
+        f"loss {result.final_loss:.4f}{best}; adapter in {result.output_dir}"
+    )
+    return result
+
+
+def plan(config: Config, log: metrics.Log) -> None:
+    """Prints what a run would do; loads no weights."""
+    log.say(config_file.dump(config))
+    base, train, _ = _load(config, log, weights=False)
+    paths = lora.attach(base.model, config.lora, config.train.seed)
+    adapted = lora.layers(base.model)
+    kinds = Counter((path.rsplit(".", 1)[-1], _shape(adapted[path]), _size(adapted[path])) for path in paths)
+    log.say("adapted modules:")
+    for (name, shape, size), number in kinds.items():
+        log.say(f"  {name:16} {number:4} x {shape:16} rank {config.lora.rank}  {number * size:>12,} parameters")
+    counts = lora.count(base.model)
+    log.say(f"  {counts.trainable:,} of {counts.total:,} parameters train")
+    batches = Batches(train.examples, config.train.batch_size, config.train.seed)
+    steps = total_steps(config, batches)
+    warmup = warmup_steps(config.train.schedule, steps)
+    log.say(
+        f"steps: {steps} ({batches.steps_per_epoch(config.train.gradient_accumulation_steps)} an epoch, "
+        f"{len(batches)} batches of {batches.batch_size} rows)"
+    )
+    marks = sorted({0, warmup, (warmup + steps) // 2, steps - 1} & set(range(steps)))
+    rates = ", ".join(f"step {mark + 1}: {learning_rate(config.train, mark, steps):.3g}" for mark in marks)
+    log.say(f"learning rate ({config.train.schedule.name}, {warmup} steps of warmup): {rates}")
+
+
+def _config(config: str | Path | dict[str, Any] | Config, overrides: list[str]) -> Config:
+    if isinstance(config, (str, Path)):
+        return config_file.load(config, overrides)
+    if isinstance(config, Config):
+        config = config.model_dump()
+    return config_file.parse(config, overrides)
+
+
+def _start(folder: Path, resume: bool, log: metrics.Log) -> Path | None:
+    """The checkpoint to go on from. Raises InputError where a new run would write over an old one."""
+    try:
+        taken = [name for name in (adapter_files.RUN_CONFIG, adapter_files.WEIGHTS) if (folder / name).exists()]
+        start, complaints = checkpoint.latest(folder)
+    except OSError as error:
+        raise InputError(f"output_dir: {folder} cannot be used ({error.strerror})") from None
+    if not resume:
+        if taken or start is not None or complaints:
+            raise InputError(
+                f"output_dir: {folder} already holds a run; go on with it with --resume, or choose another folder"
+            )
+        return None
+    for complaint in complaints:
+        log.say(complaint)
+    if start is None:
+        if complaints or any(event["event"] == "saved" for _, event in metrics.events(folder / metrics.FILE)):
+            raise InputError(
+                f"{folder}: no checkpoint to go on from is left; start again in another output_dir, which keeps what "
+                "is here"
+            )
+        log.say(f"{folder} holds no checkpoint yet: starting from the beginning")
+    return start
+
+
+def _load(config: Config, log: metrics.Log, weights: bool = True) -> tuple[Base, Dataset, Dataset | None]:
+    """The base and the tokenized rows, all checked before the first step."""
+    for note in model.prepare_device():
+        log.say(note)
+    train_rows, valid_rows = data.load(config.data)
+    base = model.load(config.model, weights)
+    converted = f", as {base.folder}" if base.folder != Path(config.model.path) else ""
+    log.say(f"model: {config.model.path}{converted}, on {model.device()}")
+    train = data.tokenize(train_rows, base.tokenizer, config.data)
+    valid = data.tokenize(valid_rows, base.tokenizer, config.data) if valid_rows else None
+    for line in train.account("train") + (valid.account("valid") if valid else ["valid: none"]):
+        log.say(line)
+    return base, train, valid
+
+
+def _contract(config: Config, base: Base, train: Dataset, valid: Dataset | None) -> dict[str, Any]:
+    """Everything that the numbers of a run depend on: what `--resume` must find unchanged. Rows and weights are told
+    by their digests, wherever they lie."""
+    options = config.model_dump(
+        include={"model", "lora", "train", "data"},
+        exclude={"model": {"path", "revision"}, "data": {"train", "valid"}},
+    )
+    return options | {
+        "base": base.identity["digest"],
+        "train_rows": train.digest,
+        "valid_rows": valid.digest if valid else None,
+        "versions": {"mlx": version("mlx"), "mlx_lm": version("mlx-lm")},
+    }
+
+
+def _write_config(folder: Path, config: Config, base: Base, train: Dataset, valid: Dataset | None) -> None:
+    """config.yaml: the resolved config, headed by what else the run was made of."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.clear_temporaries(folder)
+        (folder / checkpoint.FOLDER).mkdir(exist_ok=True)
+        files.clear_temporaries(folder / checkpoint.FOLDER)
+        facts = {
+            "versions": f"mlx-lora {__version__}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}",
+            "base": ", ".join(f"{name} {value}" for name, value in base.identity.items()),
+            "train rows": f"{len(train.examples)}, sha256 {train.digest}",
+            "valid rows": f"{len(valid.examples)}, sha256 {valid.digest}" if valid else "none",
+        }
+        with files.new_file(folder / adapter_files.RUN_CONFIG) as path:
+            head = "".join(f"# {name}: {fact}\n" for name, fact in facts.items())
+            path.write_text(head + config_file.dump(config), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"output_dir: {folder} cannot be written ({error.strerror})") from None
+
+
+def _shape(layer: lora.LoRALayer) -> str:
+    *experts, outputs, inputs = lora.weight_shape(layer.base)
+    return f"{inputs} -> {outputs}" + (f" x {experts[0]} experts" if experts else "")
+
+
+def _size(layer: lora.LoRALayer) -> int:
+    return layer.lora_a.size + layer.lora_b.size
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mlx_lora.train",
+        description="Fine-tune a model with LoRA.",
+        epilog="Every option of the config: python -m mlx_lora.config_file reference",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of options")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="A.B=VALUE", help="override an option; any number of times"
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
+    mode.add_argument("--dry-run", action="store_true", help="print what would be done, load no weights")
+    options = parser.parse_args()
+    if options.dry_run:
+        plan(config_file.load(options.config, options.set), metrics.Log())
+    else:
+        finetune(options.config, options.set, options.resume)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(_main))
