@@ -30,7 +30,8 @@ import numpy as np
 from mlx_lm.tuner.trainer import default_loss
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_lora import adapter_files, config_file, lora, model
+from mlx_lora import config_file, lora, model
+from mlx_lora.adapter_files import mlx_form
 from mlx_lora.batches import Batch
 from mlx_lora.head import logits_function
 from mlx_lora.loss import Arrays, arrays, batch_loss
@@ -138,9 +139,9 @@ def measure(layers: int, tokens: int, dtype: str, repeats: int) -> dict[str, Any
         peaks[name] = mx.get_peak_memory()
     times = _medians(repeats, calls)
     with tempfile.TemporaryDirectory() as folder:
-        settings = adapter_files.settings(network, OPTIONS)
-        adapter_files.save(Path(folder), lora.parameters(network), settings, {})
-        size = (Path(folder) / adapter_files.WEIGHTS).stat().st_size
+        settings = mlx_form.settings(lora.attached(network), len(network.layers))
+        mlx_form.save(Path(folder), lora.parameters(network), settings, {})
+        size = (Path(folder) / mlx_form.WEIGHTS).stat().st_size
     return {
         "device": model.device(),
         "mlx": mx.__version__,

@@ -14,7 +14,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_lora import adapter_files, files
+from mlx_lora import files
+from mlx_lora.adapter_files import mlx_form
+from mlx_lora.adapter_files.reading import fitting_arrays
 from mlx_lora.errors import InputError
 from mlx_lora.optim import flatten_state, restore_state
 from mlx_lora.step import State
@@ -62,7 +64,7 @@ def save(
     """
     folder = run / FOLDER / f"{progress.step:08d}"
     with files.new_folder(folder) as temporary:
-        adapter_files.save(temporary, state.adapter, settings, metadata)
+        mlx_form.save(temporary, state.adapter, settings, metadata)
         mx.save_safetensors(str(temporary / OPTIMIZER), flatten_state(state.optimizer))
         if best is not None:
             mx.save_safetensors(str(temporary / BEST), *best)
@@ -108,9 +110,9 @@ def restore(folder: Path, initial: State) -> tuple[State, Saved | None]:
     best = None
     if (folder / BEST).exists():
         _, metadata = mx.load(str(folder / BEST), return_metadata=True)
-        best = adapter_files.read_arrays(folder / BEST, initial.adapter), metadata
-    adapter = adapter_files.read_arrays(folder / adapter_files.WEIGHTS, initial.adapter)
-    optimizer = adapter_files.read_arrays(folder / OPTIMIZER, flatten_state(initial.optimizer))
+        best = fitting_arrays(folder / BEST, initial.adapter), metadata
+    adapter = fitting_arrays(folder / mlx_form.WEIGHTS, initial.adapter)
+    optimizer = fitting_arrays(folder / OPTIMIZER, flatten_state(initial.optimizer))
     return State(adapter, restore_state(initial.optimizer, optimizer)), best
 
 
@@ -154,7 +156,7 @@ def _fault(folder: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != expected["size"] or files.sha256(path) != expected["sha256"]:
                 return f"{name} is damaged"
-        if missing := {adapter_files.WEIGHTS, adapter_files.SETTINGS, OPTIMIZER, PROGRESS} - manifest.keys():
+        if missing := {mlx_form.WEIGHTS, mlx_form.SETTINGS, OPTIMIZER, PROGRESS} - manifest.keys():
             return f"{MANIFEST} does not list {', '.join(sorted(missing))}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} is damaged ({error})"

@@ -4,14 +4,15 @@ import math
 import signal
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_lora import adapter_files, checkpoint, files, generation, lora, metrics
+from mlx_lora import checkpoint, files, generation, lora, metrics
+from mlx_lora.adapter_files import mlx_form
 from mlx_lora.batches import Batch, Batches
 from mlx_lora.checkpoint import Progress
 from mlx_lora.config import Config
@@ -60,7 +61,9 @@ class Run:
         self.valid_batches = Batches(self.valid.examples, options.batch_size, 0) if self.valid else None
         self.steps = total_steps(self.config, self.batches)
         self.best: checkpoint.Saved | None = None
-        self.settings = adapter_files.settings(self.base.model, self.config)
+        self.settings = mlx_form.settings(
+            replace(lora.attached(self.base.model), base=self.config.model), len(self.base.model.layers)
+        )
 
     def fit(self, resume_from: Path | None = None) -> Result:
         """Trains from the start or from a checkpoint to the end; a run that has ended stays as it is.
@@ -243,7 +246,7 @@ class Run:
     def _keep(self, adapter: dict[str, mx.array], metadata: dict[str, str]) -> None:
         """Puts the adapter where other tools look for it: in the run's folder."""
         with files.writing(self.folder):
-            adapter_files.save(self.folder, adapter, self.settings, metadata)
+            mlx_form.save(self.folder, adapter, self.settings, metadata)
 
     def _metadata(self, progress: Progress, rate: float) -> dict[str, str]:
         return {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora import __version__, adapter_files, checkpoint, config_file, data, files, lora, metrics, model
+from mlx_lora.adapter_files import mlx_form
 from mlx_lora.batches import Batches
 from mlx_lora.config import Config
 from mlx_lora.data import Dataset
@@ -87,7 +88,7 @@ def _config(config: str | Path | dict[str, Any] | Config, overrides: list[str]) 
 def _start(folder: Path, resume: bool, log: metrics.Log) -> Path | None:
     """The checkpoint to go on from. Raises InputError where a new run would write over an old one."""
     try:
-        taken = [name for name in (adapter_files.RUN_CONFIG, adapter_files.WEIGHTS) if (folder / name).exists()]
+        taken = [name for name in (adapter_files.RUN_CONFIG, mlx_form.WEIGHTS) if (folder / name).exists()]
         start, complaints = checkpoint.latest(folder)
     except OSError as error:
         raise InputError(f"output_dir: {folder} cannot be used ({error.strerror})") from None

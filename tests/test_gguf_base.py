@@ -2,7 +2,6 @@
 
 # ruff: noqa: RUF001 (characters that look like others are what a tokenizer is tested with)
 
-import ctypes
 import json
 import random
 import signal
@@ -21,6 +20,7 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.quants import dequantize, quantize
+from llama_cpp import LlamaCpp
 from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, SPMStreamingDetokenizer
 from mlx_lm.utils import load_model, load_tokenizer
 from tokenizers import Tokenizer, pre_tokenizers
@@ -44,55 +44,6 @@ TEXTS = [
     "a<|endoftext|> b <repo_name>c<|im_end|><|im_start|>",
     " ", "\n", "", "   ", "\n\n \n", "a", " a", "a ", "'", "''s", " 's", "don’t", "\x00\x01\x7f", "A1b2C3", "x" * 100,
 ]  # fmt: skip
-
-
-class LlamaCpp:
-    """llama.cpp itself, through the C API that xllamacpp's extension module exports."""
-
-    class Params(ctypes.Structure):
-        # Larger than any parameter struct: passed by value with all of its unknown fields at their defaults.
-        _fields_ = (("bytes", ctypes.c_uint8 * 512),)
-
-    class Batch(ctypes.Structure):
-        _fields_ = (("bytes", ctypes.c_uint8 * 56),)
-
-    def __init__(self, path: Path) -> None:
-        import xllamacpp
-
-        library = next(Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))
-        api = self.api = ctypes.CDLL(str(library))
-        for name in ("llama_model_default_params", "llama_context_default_params"):
-            getattr(api, name).restype = self.Params
-        for name in ("llama_model_load_from_file", "llama_model_get_vocab", "llama_init_from_model"):
-            getattr(api, name).restype = ctypes.c_void_p
-        api.llama_batch_get_one.restype = self.Batch
-        api.llama_get_logits.restype = ctypes.POINTER(ctypes.c_float)
-        self.no_log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
-        api.llama_log_set(self.no_log, None)
-        self.model = ctypes.c_void_p(
-            api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
-        )
-        assert self.model, f"llama.cpp cannot load {path}"
-        self.vocab = ctypes.c_void_p(api.llama_model_get_vocab(self.model))
-
-    def tokenize(self, text: str, add_special: bool = True) -> list[int]:
-        encoded = text.encode()
-        ids = (ctypes.c_int32 * (len(encoded) + 8))()
-        arguments = (encoded, len(encoded), ids, len(ids), ctypes.c_bool(add_special), ctypes.c_bool(True))
-        count = self.api.llama_tokenize(self.vocab, *arguments)
-        return list(ids[:count])
-
-    def last_logits(self, tokens: list[int]) -> np.ndarray:
-        context = ctypes.c_void_p(self.api.llama_init_from_model(self.model, self.api.llama_context_default_params()))
-        ids = (ctypes.c_int32 * len(tokens))(*tokens)
-        assert self.api.llama_decode(context, self.api.llama_batch_get_one(ids, len(tokens))) == 0
-        size = self.api.llama_vocab_n_tokens(self.vocab)
-        logits = np.ctypeslib.as_array(self.api.llama_get_logits(context), (size,)).copy()
-        self.api.llama_free(context)
-        return logits
-
-    def __del__(self) -> None:
-        self.api.llama_model_free(self.model)
 
 
 # A tiny llama, written with gguf's own writer

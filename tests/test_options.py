@@ -8,7 +8,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_lora import adapter_files, checkpoint, config, finetune, metrics
+from mlx_lora import checkpoint, config, finetune, metrics
+from mlx_lora.adapter_files import mlx_form
 from mlx_lora.errors import InputError
 
 CHANGES = {  # option: (what else is set in both runs, the change)
@@ -114,12 +115,12 @@ def observe(tiny_model, tmp_path_factory):
 def left(run: Path) -> object:
     volatile = ("time", "seconds", "tokens_per_second", "supervised_tokens_per_second", "peak_memory", "active_memory")
     events = [json.loads(line) for line in (run / metrics.FILE).read_text().splitlines()]
-    weights = checkpoint.complete(run)[-1] / adapter_files.WEIGHTS
+    weights = checkpoint.complete(run)[-1] / mlx_form.WEIGHTS
     arrays, metadata = mx.load(str(weights), return_metadata=True)
     return (
         [{key: value for key, value in event.items() if key not in volatile} for event in events],
         [path.name for path in checkpoint.complete(run)],
-        (run / adapter_files.SETTINGS).read_text(),
+        (run / mlx_form.SETTINGS).read_text(),
         {key: value for key, value in metadata.items() if key != "saved"},
         {name: hashlib.sha256(bytes(memoryview(array))).hexdigest() for name, array in arrays.items()},
     )

@@ -16,7 +16,8 @@ import safetensors.numpy
 import torch
 import transformers
 
-from mlx_lora import adapter_files, config_file, data, lora, model
+from mlx_lora import config_file, data, lora, model
+from mlx_lora.adapter_files import mlx_form
 from mlx_lora.batches import Batches
 from mlx_lora.config import Config, Lora, Model
 from mlx_lora.data import Example
@@ -277,7 +278,8 @@ def test_a_saved_adapter_in_pefts_shape_gives_the_same_logits(tiny: Path, tmp_pa
     batches = Batches(ragged(20), options.train.batch_size, options.train.seed)
     train_here(network, options, batches, 10)
     ours = np.array(network(mx.array(ids)))
-    adapter_files.save(tmp_path, lora.parameters(network), adapter_files.settings(network, options), {})
+    described = mlx_form.settings(lora.attached(network), len(network.layers))
+    mlx_form.save(tmp_path, lora.parameters(network), described, {})
 
     saved = json.loads((tmp_path / "adapter_config.json").read_text())["lora_parameters"]
     arrays = safetensors.numpy.load_file(tmp_path / "adapters.safetensors")

@@ -9,8 +9,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.config import Lora
-from mlx_lora.lora.layers import LoRALayer, adapt, weight_shape
-from mlx_lora.lora.targets import select
+from mlx_lora.errors import InputError
+from mlx_lora.lora.layers import LoRALayer, adapt, factor_shapes, layer_type, weight_shape
+from mlx_lora.lora.targets import adaptable, select
+from mlx_lora.lora.value import Adapter, Pair
 
 
 def attach(model: nn.Module, config: Lora, seed: int = 0) -> list[str]:
@@ -43,6 +45,45 @@ def attach_at(
         layer.freeze()
         layer.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
         _replace(model, path, layer)
+
+
+def attach_adapter(model: nn.Module, adapter: Adapter) -> None:
+    """Attaches an adapter to the model that it was made for, or another of the same shapes.
+
+    Takes milliseconds: no array is copied. Raises InputError, before anything changes, for a pair that has no place in
+    this model; ValueError where an adapter is attached already.
+    """
+    _check_free(model)
+    check_fit(model, adapter)
+    modules = dict(model.named_modules())
+    model.freeze()
+    for path, pair in adapter.pairs.items():
+        kind: Any = layer_type(modules[path])
+        layer = kind(modules[path], pair.lora_a, pair.lora_b, pair.alpha, adapter.dropout)
+        layer.freeze()
+        layer.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
+        _replace(model, path, layer)
+
+
+def check_fit(model: nn.Module, adapter: Adapter) -> None:
+    """Raises InputError for a pair of `adapter` that has no place in this model."""
+    modules, places = dict(model.named_modules()), adaptable(model)
+    for path, pair in adapter.pairs.items():
+        if path not in places:
+            raise InputError(f"{path} has no place in this model; is it another base's adapter?")
+        module = modules[path]
+        base = module.base if isinstance(module, LoRALayer) else module
+        shapes = factor_shapes(base, pair.rank)
+        for name, array, shape in zip(("lora_a", "lora_b"), (pair.lora_a, pair.lora_b), shapes, strict=True):
+            if array.shape != shape:
+                raise InputError(f"{path}.{name} has shape {array.shape}, this model needs {shape}")
+
+
+def attached(model: nn.Module) -> Adapter:
+    """The attached adapter as a value (its dropout is that of its first layer)."""
+    adapted = layers(model)
+    pairs = {path: Pair(layer.lora_a, layer.lora_b, layer.alpha) for path, layer in adapted.items()}
+    return Adapter(pairs, next((layer.dropout for layer in adapted.values()), 0.0))
 
 
 def detach(model: nn.Module) -> None:

@@ -176,21 +176,27 @@ def adapt(base: nn.Module, rank: int, alpha: float, dropout: float, init: str, k
     `init`: ``kaiming_uniform`` draws lora_a within ±1/sqrt(in), ``gaussian`` with deviation 1/rank, both as PEFT.
     """
     kind = layer_type(base)
-    if kind is None:
-        raise ValueError(f"{type(base).__name__} has no adapted form")
-    *experts, outputs, inputs = weight_shape(base)
-    a_shape: tuple[int, ...] = (inputs, rank)
-    b_shape: tuple[int, ...] = (rank, outputs)
-    if kind is LoRASwitchLinear:
-        a_shape, b_shape = (*experts, rank, inputs), (*experts, outputs, rank)
-    elif kind is LoRAEmbedding:  # a table of (vocabulary, dims) is applied to one-hot rows
-        inputs, outputs = outputs, inputs
-        a_shape, b_shape = (inputs, rank), (rank, outputs)
+    a_shape, b_shape = factor_shapes(base, rank)
+    inputs = a_shape[-1] if kind is LoRASwitchLinear else a_shape[0]
     if init == "gaussian":
         lora_a = mx.random.normal(a_shape, scale=1 / rank, key=key)
     else:
         lora_a = mx.random.uniform(-(inputs**-0.5), inputs**-0.5, a_shape, key=key)
+    assert kind is not None
     return kind(base, lora_a, mx.zeros(b_shape), alpha, dropout)
+
+
+def factor_shapes(base: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of lora_a and lora_b for a base layer."""
+    kind = layer_type(base)
+    if kind is None:
+        raise ValueError(f"{type(base).__name__} has no adapted form")
+    *experts, outputs, inputs = weight_shape(base)
+    if kind is LoRASwitchLinear:
+        return (*experts, rank, inputs), (*experts, outputs, rank)
+    if kind is LoRAEmbedding:  # a table of (vocabulary, dims) is applied to one-hot rows
+        inputs, outputs = outputs, inputs
+    return (inputs, rank), (rank, outputs)
 
 
 def _quantized(module: nn.Module) -> bool:
