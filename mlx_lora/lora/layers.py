@@ -62,6 +62,10 @@ class LoRALayer(nn.Module):
         """The update as a full float32 weight, of the shape of the base's weight."""
         return self.scale * (self.lora_b.T @ self.lora_a.T)
 
+    def merged_weight(self) -> mx.array:
+        """base + delta as a full float32 weight; a quantized base is dequantized."""
+        return _dense_weight(self.base).astype(mx.float32) + self.delta()
+
     def merge(self) -> None:
         """Puts a dense layer with base + delta in the place of the base, which is kept for `unmerge`.
 
@@ -70,13 +74,12 @@ class LoRALayer(nn.Module):
         """
         if not self.merged:
             base = self.base
-            self._unmerged = (base,)
-            weight = _dense_weight(base)
             merged = _dense_type(base)
-            merged.weight = (weight.astype(mx.float32) + self.delta()).astype(weight.dtype)
+            merged.weight = self.merged_weight().astype(_dense_weight(base).dtype)
             if "bias" in base:
                 merged.bias = base.bias
             merged.freeze()
+            self._unmerged = (base,)
             self[self.base_name] = merged
 
     def unmerge(self) -> None:
