@@ -76,6 +76,10 @@ class Lora(Options):
         "kaiming_uniform",
         description="how lora_a starts: kaiming_uniform (within 1/sqrt(in)) | gaussian (deviation 1/rank)",
     )
+    start_from: Name | None = Field(
+        None,
+        description="adapter (a run, mlx-lm's or PEFT's) that training starts from, of this rank, alpha and modules",
+    )
     target_modules: str | list[str] = Field(
         "all-linear", description="all-linear, a module's name, a glob on its path, re:REGEX, or a list of these"
     )

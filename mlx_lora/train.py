@@ -30,7 +30,7 @@ def finetune(
     folder = Path(config.output_dir)
     start = _start(folder, resume, log)
     base, train, valid = _load(config, log)
-    paths = lora.attach(base.model, config.lora, config.train.seed)
+    paths = _attach(config, base)
     contract = _contract(config, base, train, valid)
     if start is not None:
         progress, then = checkpoint.read_progress(start)
@@ -57,7 +57,7 @@ def plan(config: Config, log: metrics.Log) -> None:
     """Prints what a run would do; loads no weights."""
     log.say(config_file.dump(config))
     base, train, _ = _load(config, log, weights=False)
-    paths = lora.attach(base.model, config.lora, config.train.seed)
+    paths = _attach(config, base)
     adapted = lora.layers(base.model)
     kinds = Counter((path.rsplit(".", 1)[-1], _shape(adapted[path]), _size(adapted[path])) for path in paths)
     log.say("adapted modules:")
@@ -123,6 +123,34 @@ def _load(config: Config, log: metrics.Log, weights: bool = True) -> tuple[Base,
     for line in train.account("train") + (valid.account("valid") if valid else ["valid: none"]):
         log.say(line)
     return base, train, valid
+
+
+def _attach(config: Config, base: Base) -> list[str]:
+    """Attaches the adapter to train, new or that of `lora.start_from`; returns the adapted paths."""
+    paths = lora.attach(base.model, config.lora, config.train.seed)
+    if config.lora.start_from is None:
+        return paths
+    source = f"lora.start_from: {config.lora.start_from}"
+    adapter = adapter_files.read(config.lora.start_from)
+    if adapter.uniform is None:
+        raise InputError(f"{source} has several ranks or alphas: make them one with mlx_lora.export --to mlx")
+    rank, alpha = adapter.uniform
+    if (rank, alpha) != (config.lora.rank, config.lora.alpha):
+        raise InputError(f"{source} has other settings: set lora.rank to {rank} and lora.alpha to {alpha:g}")
+    if differing := sorted(set(paths) ^ set(adapter.pairs)):
+        side = "adapts" if differing[0] in adapter.pairs else "does not adapt"
+        names = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in adapter.pairs}))
+        blocks = sorted({number for path in adapter.pairs if (number := lora.block_number(path)) is not None})
+        raise InputError(
+            f"{source} {side} {differing[0]} (in all {len(differing)} modules differ): set lora.target_modules to "
+            f"[{names}] and lora.layers to {blocks or 'all'}, or to what of these it adapts"
+        )
+    try:
+        lora.check_fit(base.model, adapter)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    lora.set_parameters(base.model, adapter.arrays())
+    return paths
 
 
 def _contract(config: Config, base: Base, train: Dataset, valid: Dataset | None) -> dict[str, Any]:

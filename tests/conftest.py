@@ -79,6 +79,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def quickstart() -> str:
+    """What the quickstart prints: the real command, with the real model, a few minutes. It leaves runs/quickstart."""
+    ended = subprocess.run([ROOT / "scripts" / "quickstart.sh"], capture_output=True, text=True, timeout=1800)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+@pytest.fixture(scope="session")
 def tokenizer(smollm2_folder: Path) -> Any:
     """SmolLM2's tokenizer as training loads it."""
     from mlx_lora.model import load_tokenizer

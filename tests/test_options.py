@@ -29,6 +29,7 @@ CHANGES = {  # option: (what else is set in both runs, the change)
     "lora.alpha": ([], "lora.alpha=3.0"),
     "lora.dropout": ([], "lora.dropout=0.5"),
     "lora.init": ([], "lora.init=gaussian"),
+    "lora.start_from": ([], "lora.start_from={tmp}/adapter"),
     "lora.target_modules": ([], "lora.target_modules=v_proj"),
     "lora.layers": ([], "lora.layers=last:1"),
     "train.epochs": (["train.max_steps=null"], "train.epochs=1"),
@@ -95,6 +96,7 @@ def observe(tiny_model, tmp_path_factory):
         "lora": {"rank": 2, "alpha": 4},
         "train": {"epochs": 2, "max_steps": 4, "batch_size": 3, "learning_rate": 0.01, "schedule": {"warmup": 1}},
     }
+    finetune(options | {"output_dir": str(folder / "adapter")}, ["train.max_steps=1", "train.seed=9"])
     seen: dict[tuple[str, ...], object] = {}
 
     def observe(*overrides: str) -> object:

@@ -454,6 +454,36 @@ def test_a_checkpoint_is_an_adapter_with_its_runs_base(options, run_command):
     assert "40 used" in scored.stdout
 
 
+# ---- a start from another adapter -----------------------------------------------------------------------------------
+
+
+def test_training_goes_on_from_an_adapter(options, tmp_path):
+    """The first evaluation of the second run is the last of the first, and its zeroth step trains from there."""
+    finetune(options, ["data.valid=0.2", "eval.every=100", "train.schedule.name=constant"])
+    first = tmp_path / "run"
+    result = finetune(options, [f"lora.start_from={newest(first)}", f"output_dir={tmp_path / 'more'}"])
+    losses = [[event["loss"] for event in events(run) if event["event"] == "eval"] for run in (first, tmp_path / "more")]
+    assert losses[1][0] == losses[0][-1] != losses[0][0]
+    assert result.best_loss < losses[0][-1]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("lora.rank=8", "set lora.rank to 4 and lora.alpha to 8"),
+        ("lora.alpha=9.0", "set lora.rank to 4 and lora.alpha to 8"),
+        ("lora.target_modules=q_proj", r"adapts .* set lora.target_modules to \[down_proj, gate_proj"),
+        ("lora.layers=last:1", r"lora.layers to \[0, 1\]"),
+    ],
+)
+def test_a_start_that_does_not_fit_says_what_to_set(options, tmp_path, override, words):
+    finetune(options, ["train.max_steps=1"])
+    more = [f"lora.start_from={tmp_path / 'run'}", f"output_dir={tmp_path / 'more'}", override]
+    with pytest.raises(InputError, match=words):
+        finetune(options, more)
+    assert not (tmp_path / "more").exists()
+
+
 # ---- bad input ---------------------------------------------------------------------------------------------------
 
 
