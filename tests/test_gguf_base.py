@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import mlx.core as mx
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 from llama_cpp import LlamaCpp
 from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, SPMStreamingDetokenizer
@@ -29,6 +29,7 @@ from mlx_lora.errors import InputError
 from mlx_lora.files import sha256 as file_sha256
 from mlx_lora.gguf_base import convert
 from mlx_lora.gguf_base import weights as gguf_weights
+from mlx_lora.gguf_base.reader import Metadata, read
 
 TEXTS = [
     "Hello, world!",
@@ -46,7 +47,7 @@ TEXTS = [
 ]  # fmt: skip
 
 
-# A tiny llama, written with gguf's own writer
+# Tiny models, written with gguf's own writer
 
 
 def permute(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -59,10 +60,19 @@ TOKENS = [*BYTES, "ab", "<|endoftext|>"]
 SIZES = {"hidden": 64, "width": 96, "heads": 4, "kv_heads": 2, "head_dim": 16, "layers": 2, "vocabulary": len(TOKENS)}
 
 
+@pytest.fixture(scope="module")
+def smollm2(smollm2_gguf: Path) -> Metadata:
+    return read(smollm2_gguf)[0]
+
+
 def tiny_weights(
-    sizes: dict[str, int], attention_bias: bool = False, mlp_bias: bool = False, tied: bool = False
+    sizes: dict[str, int] = SIZES,
+    architecture: str = "llama",
+    tied: bool = False,
+    attention_bias: bool = False,
+    mlp_bias: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Random float32 weights under their Hugging Face names."""
+    """Random float32 weights under their Hugging Face names. The biases are those of a Llama: a Qwen has no choice."""
     rng = np.random.default_rng(0)
     hidden, width = sizes["hidden"], sizes["width"]
     queries, keys = sizes["heads"] * sizes["head_dim"], sizes["kv_heads"] * sizes["head_dim"]
@@ -81,10 +91,14 @@ def tiny_weights(
         }  # fmt: skip
         for name, shape in linears.items():
             weights[f"{prefix}.{name}.weight"] = rng.normal(0, 2 / np.sqrt(shape[1]), shape)
-            if attention_bias if "attn" in name else mlp_bias:
+            of_qwen2 = architecture == "qwen2" and name[-6:] in ("q_proj", "k_proj", "v_proj")
+            if of_qwen2 or (attention_bias if "attn" in name else mlp_bias):
                 weights[f"{prefix}.{name}.bias"] = rng.normal(0, 0.5, shape[0])
         for norm in ("input_layernorm", "post_attention_layernorm"):
             weights[f"{prefix}.{norm}.weight"] = 1 + rng.normal(0, 0.1, hidden)
+        if architecture == "qwen3":
+            for norm in ("self_attn.q_norm", "self_attn.k_norm"):
+                weights[f"{prefix}.{norm}.weight"] = 1 + rng.normal(0, 0.5, sizes["head_dim"])
     return {name: value.astype(np.float32) for name, value in weights.items()}
 
 
@@ -93,16 +107,19 @@ GGUF_NAMES = {
     "model.layers.": "blk.", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
+    "post_attention_layernorm": "ffn_norm", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
 }  # fmt: skip
 
 
-def to_gguf(weights: dict[str, np.ndarray], sizes: dict[str, int]) -> dict[str, np.ndarray]:
+def to_gguf(
+    weights: dict[str, np.ndarray], sizes: dict[str, int] = SIZES, interleaved: bool = True
+) -> dict[str, np.ndarray]:
+    """The weights under llama.cpp's names; `interleaved`: the rows of q_proj and k_proj in its order for Llamas."""
     tensors = {}
     for name, value in weights.items():
-        if "q_proj" in name:
+        if interleaved and "q_proj" in name:
             value = permute(value, sizes["heads"])
-        if "k_proj" in name:
+        if interleaved and "k_proj" in name:
             value = permute(value, sizes["kv_heads"])
         for old, new in GGUF_NAMES.items():
             name = name.replace(old, new)
@@ -126,18 +143,21 @@ def write_gguf(
     change: Callable[[GGUFWriter], None] = lambda writer: None,
     tokenizer: Callable[[GGUFWriter], None] = byte_tokenizer,
     types: dict[str, GGMLQuantizationType] | None = None,
+    architecture: str = "llama",
 ) -> Path:
-    """Writes a llama model; ``types`` names the type of the tensors given as raw bytes."""
-    writer = GGUFWriter(path, "llama")
+    """Writes a model; ``types`` names the type of the tensors given as raw bytes."""
+    writer = GGUFWriter(path, architecture)
     writer.add_context_length(128)
     writer.add_embedding_length(sizes["hidden"])
     writer.add_block_count(sizes["layers"])
     writer.add_feed_forward_length(sizes["width"])
     writer.add_head_count(sizes["heads"])
     writer.add_head_count_kv(sizes["kv_heads"])
-    writer.add_key_length(sizes["head_dim"])
-    writer.add_value_length(sizes["head_dim"])
-    writer.add_rope_dimension_count(sizes["head_dim"])
+    if architecture != "qwen2":  # these keys as llama.cpp's converter writes them
+        writer.add_key_length(sizes["head_dim"])
+        writer.add_value_length(sizes["head_dim"])
+    if architecture == "llama":
+        writer.add_rope_dimension_count(sizes["head_dim"])
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(1000.0)
     tokenizer(writer)
@@ -149,6 +169,18 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write_tiny(
+    path: Path,
+    architecture: str = "llama",
+    tensors: dict[str, np.ndarray | None] | None = None,
+    change: Callable[[GGUFWriter], None] = lambda writer: None,
+) -> Path:
+    """Writes a tiny model, with `tensors` replaced, added or (None) left out."""
+    whole = to_gguf(tiny_weights(architecture=architecture), interleaved=architecture == "llama")
+    kept = {name: value for name, value in (whole | (tensors or {})).items() if value is not None}
+    return write_gguf(path, kept, change=change, architecture=architecture)
 
 
 def set_value(key: str, value: Any, kind: gguf.GGUFValueType) -> Callable[[GGUFWriter], None]:
@@ -222,31 +254,68 @@ def test_smollm2_renders_its_chat_template(smollm2_folder: Path) -> None:
         assert rendered == expected
 
 
-@pytest.mark.parametrize("pre", ["default", "gpt-2", "llama-bpe", "qwen2"])
-def test_every_pre_tokenizer_splits_as_llama_cpp_does(smollm2_gguf: Path, tmp_path: Path, pre: str) -> None:
-    source = GGUFReader(smollm2_gguf).fields
-    tokens = source["tokenizer.ggml.tokens"].contents(slice(8000))  # in the order of the merges
-    tokens += ["12", "123", "xyzzy"]  # numbers of several digits, and a word that no merges lead to
+def smollm2_tokenizer(smollm2: Metadata, pre: str) -> tuple[int, Callable[[GGUFWriter], None]]:
+    """A tokenizer of 8000 of SmolLM2's tokens and a few more: how many, and what writes it."""
+    tokens = smollm2["tokenizer.ggml.tokens"][:8000]  # in the order of the merges
+    # Numbers of several digits, a letter and a sign with half of a combining accent, a word that no merges lead to, and
+    # a marker: only what a pre-tokenizer leaves together becomes one of them.
+    more = ["12", "123", "eÌ", "!Ì", "xyzzy", "<think>"]
 
-    def tokenizer(writer: GGUFWriter) -> None:
+    def write(writer: GGUFWriter) -> None:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre)
-        writer.add_token_list(tokens)
-        writer.add_token_types([*source["tokenizer.ggml.token_type"].contents(slice(8000)), 1, 1, 1])
-        merges = source["tokenizer.ggml.merges"].contents(slice(8000))
-        kept = [merge for merge in merges if merge.replace(" ", "") in set_of_tokens]
-        writer.add_token_merges([*kept, "1 2", "12 3"])
+        writer.add_token_list(tokens + more)
+        writer.add_token_types([*smollm2["tokenizer.ggml.token_type"][:8000], *[1] * 5, 4])
+        known = set(tokens)
+        merges = [merge for merge in smollm2["tokenizer.ggml.merges"][:8000] if merge.replace(" ", "") in known]
+        writer.add_token_merges([*merges, "1 2", "12 3", "e Ì", "! Ì"])
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
+
+    return len(tokens + more), write
+
+
+@pytest.mark.parametrize("pre", ["default", "gpt-2", "llama-bpe", "qwen2", "deepseek-r1-qwen", "qwen35"])
+def test_every_pre_tokenizer_splits_as_llama_cpp_does(smollm2: Metadata, tmp_path: Path, pre: str) -> None:
+    vocabulary, tokenizer = smollm2_tokenizer(smollm2, pre)
+    sizes = SIZES | {"vocabulary": vocabulary}
+    tensors = to_gguf(tiny_weights(sizes, tied=True), sizes)
+
+    def change(writer: GGUFWriter) -> None:
         writer.add_add_eos_token(pre == "qwen2")
 
-    set_of_tokens = set(tokens)
-    sizes = SIZES | {"vocabulary": len(tokens)}
-    path = write_gguf(tmp_path / "m.gguf", to_gguf(tiny_weights(sizes, tied=True), sizes), sizes, tokenizer=tokenizer)
+    path = write_gguf(tmp_path / "m.gguf", tensors, sizes, change, tokenizer)
     ours, llama_cpp = Tokenizer.from_file(str(convert(path, tmp_path) / "tokenizer.json")), LlamaCpp(path)
-    for text in [*TEXTS, "xyzzy"]:
+    draw = random.Random(0)
+    mixtures = ["".join(draw.choices("aeE'sS12!?. \n\r\t\u0301\u094dक中é😀\ufe0f", k=20)) for _ in range(200)]
+    for text in [*TEXTS, *mixtures, "xyzzy", "<think>\n\na</think> <think>"]:
         assert ours.encode(text).ids == llama_cpp.tokenize(text), text
         assert ours.encode(text, add_special_tokens=False).ids == llama_cpp.tokenize(text, False), text
+
+
+def test_a_qwen3_tokenizer_begins_and_ends_as_in_llama_cpp(smollm2: Metadata, tmp_path: Path) -> None:
+    vocabulary, tokenizer = smollm2_tokenizer(smollm2, "qwen2")
+    sizes = SIZES | {"vocabulary": vocabulary}
+    tensors = to_gguf(tiny_weights(sizes, "qwen3", tied=True), sizes, interleaved=False)
+
+    def change(writer: GGUFWriter) -> None:  # as in the files of Qwen3: <|endoftext|> is padding and, unused, bos
+        set_value("tokenizer.ggml.bos_token_id", 0, gguf.GGUFValueType.UINT32)(writer)
+        writer.add_pad_token_id(0)
+        writer.add_add_bos_token(False)
+        writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
+
+    path = write_gguf(tmp_path / "m.gguf", tensors, sizes, change, tokenizer, architecture="qwen3")
+    folder = convert(path, tmp_path)
+    ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    llama_cpp = LlamaCpp(path)
+    assert ours.eos_token_ids == {llama_cpp.api.llama_vocab_eos(llama_cpp.vocab)} == {2}
+    assert theirs.eos_token_id == 2
+    assert theirs.pad_token_id == llama_cpp.api.llama_vocab_pad(llama_cpp.vocab) == 0
+    for text in TEXTS:
+        assert ours.encode(text) == theirs.encode(text) == llama_cpp.tokenize(text), text
+        assert ours.decode(ours.encode(text)) == text
+    conversation = ours.apply_chat_template([{"content": "Hi"}], tokenize=True, return_dict=False)
+    assert conversation == llama_cpp.tokenize("<|im_start|>Hi<|im_end|>")
 
 
 # Weights
@@ -313,11 +382,14 @@ def finite_blocks(shape: tuple[int, int], kind: GGMLQuantizationType) -> np.ndar
 
 
 @pytest.mark.parametrize("kind", DEQUANTIZABLE)
-def test_quantised_types_become_the_float32_values_that_gguf_computes(tmp_path: Path, kind: str) -> None:
-    quantization = GGMLQuantizationType[kind]
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_quantised_types_become_the_float32_values_that_gguf_computes(
+    tmp_path: Path, architecture: str, kind: str
+) -> None:
+    quantization, interleaved = GGMLQuantizationType[kind], architecture == "llama"
     sizes = SIZES | {"hidden": 256, "width": 256, "head_dim": 64, "layers": 1}
-    weights, packed = tiny_weights(sizes), {}
-    for name, value in to_gguf(weights, sizes).items():
+    weights, packed = tiny_weights(sizes, architecture), {}
+    for name, value in to_gguf(weights, sizes, interleaved).items():
         if value.ndim == 2:
             try:
                 packed[name] = quantize(value, quantization)
@@ -327,10 +399,11 @@ def test_quantised_types_become_the_float32_values_that_gguf_computes(tmp_path: 
             packed[name] = value
     types = {name: quantization for name, value in packed.items() if value.dtype == np.uint8}
     assert len(types) == 9
-    values = saved(convert(write_gguf(tmp_path / "m.gguf", packed, sizes, types=types), tmp_path))
+    path = write_gguf(tmp_path / "m.gguf", packed, sizes, types=types, architecture=architecture)
+    values = saved(convert(path, tmp_path))
     with np.errstate(all="ignore"):
         expected = {name: dequantize(value, quantization) if name in types else value for name, value in packed.items()}
-    actual = to_gguf({name: np.array(value) for name, value in values.items()}, sizes)
+    actual = to_gguf({name: np.array(value) for name, value in values.items()}, sizes, interleaved)
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert actual[name].dtype == np.float32
@@ -364,6 +437,10 @@ def old_linear(writer: GGUFWriter) -> None:
     writer.add_float32("llama.rope.scale_linear", 2.5)
 
 
+def default_theta(writer: GGUFWriter) -> None:
+    set_value(f"{writer.arch}.rope.freq_base", None, gguf.GGUFValueType.FLOAT32)(writer)
+
+
 def yarn(writer: GGUFWriter) -> None:
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     writer.add_rope_scaling_factor(4.0)
@@ -372,8 +449,8 @@ def yarn(writer: GGUFWriter) -> None:
 
 def yarn_betas(writer: GGUFWriter) -> None:
     yarn(writer)
-    writer.add_float32("llama.rope.scaling.yarn_beta_fast", 8.0)
-    writer.add_float32("llama.rope.scaling.yarn_beta_slow", 0.5)
+    writer.add_float32(f"{writer.arch}.rope.scaling.yarn_beta_fast", 8.0)
+    writer.add_float32(f"{writer.arch}.rope.scaling.yarn_beta_slow", 0.5)
 
 
 def llama3(writer: GGUFWriter) -> None:
@@ -395,58 +472,109 @@ def no_scaling(writer: GGUFWriter) -> None:
 LINEAR = {"rope_type": "linear", "factor": 2.5}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-VARIANTS: dict[str, tuple[dict[str, Any], Callable[[GGUFWriter], None] | None, dict[str, Any] | None]] = {
-    "plain": ({}, None, None),
-    "tied": ({"tied": True}, None, None),
-    "biases": ({"attention_bias": True, "mlp_bias": True}, None, None),
-    "attention bias": ({"attention_bias": True}, None, None),
-    "linear": ({}, linear, LINEAR),
-    "linear, old key": ({}, old_linear, LINEAR),
-    "yarn": ({}, yarn, YARN),
-    "yarn, betas": ({}, yarn_betas, YARN | {"beta_fast": 8.0, "beta_slow": 0.5}),
-    "llama3": ({}, llama3, LLAMA3 | {"factor": 8.0, "original_max_position_embeddings": 64}),
-    "llama3, 8192": ({}, llama3_of_llama, LLAMA3 | {"factor": 32.0, "original_max_position_embeddings": 8192}),
-    "none": ({}, no_scaling, None),
+WIDE = SIZES | {"head_dim": 32}  # heads that do not make up the hidden size
+
+
+class Variant(NamedTuple):
+    architecture: str = "llama"
+    sizes: dict[str, int] = SIZES
+    options: dict[str, bool] = {}
+    change: Callable[[GGUFWriter], None] = lambda writer: None
+    rope: dict[str, Any] = {}
+
+
+VARIANTS = {
+    "plain": Variant(),
+    "tied": Variant(options={"tied": True}),
+    "wide heads": Variant(sizes=WIDE),
+    "biases": Variant(options={"attention_bias": True, "mlp_bias": True}),
+    "attention bias": Variant(options={"attention_bias": True}),
+    "linear": Variant(change=linear, rope=LINEAR),
+    "linear, old key": Variant(change=old_linear, rope=LINEAR),
+    "yarn": Variant(change=yarn, rope=YARN),
+    "yarn, betas": Variant(change=yarn_betas, rope=YARN | {"beta_fast": 8.0, "beta_slow": 0.5}),
+    "llama3": Variant(change=llama3, rope=LLAMA3 | {"factor": 8.0, "original_max_position_embeddings": 64}),
+    "llama3, 8192": Variant(
+        change=llama3_of_llama,
+        rope=LLAMA3 | {"rope_theta": 500000.0, "factor": 32.0, "original_max_position_embeddings": 8192},
+    ),
+    "none": Variant(change=no_scaling),
+    "qwen2": Variant("qwen2"),
+    "qwen2, tied": Variant("qwen2", options={"tied": True}),
+    "qwen2, default theta": Variant("qwen2", change=default_theta, rope={"rope_theta": 10000.0}),
+    "qwen2, linear": Variant("qwen2", change=linear, rope=LINEAR),
+    "qwen2, yarn": Variant("qwen2", change=yarn, rope=YARN),
+    "qwen3": Variant("qwen3"),
+    "qwen3, tied": Variant("qwen3", options={"tied": True}),
+    "qwen3, wide heads": Variant("qwen3", WIDE),
+    "qwen3, wide heads, tied, yarn": Variant("qwen3", WIDE, {"tied": True}, yarn, YARN),
+    "qwen3, default theta": Variant("qwen3", change=default_theta, rope={"rope_theta": 10000.0}),
+    "qwen3, linear": Variant("qwen3", change=linear, rope=LINEAR),
+    "qwen3, yarn": Variant("qwen3", change=yarn, rope=YARN),
 }
+LETTERS = random.Random(0).choices(range(256), k=100)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_tiny_llama_gives_the_logits_of_transformers_and_llama_cpp(tmp_path: Path, variant: str) -> None:
-    options, change, rope_scaling = VARIANTS[variant]
-    weights = tiny_weights(SIZES, **options)
-    path = write_gguf(tmp_path / "m.gguf", to_gguf(weights, SIZES), change=change or (lambda writer: None))
+def reference_logits(weights: dict[str, np.ndarray], variant: Variant, rope: dict[str, Any]) -> np.ndarray:
+    """What transformers computes from the weights, built without any file."""
+    architecture, sizes, options, *_ = variant
+    settings: dict[str, Any] = {
+        "vocab_size": len(TOKENS), "hidden_size": sizes["hidden"], "intermediate_size": sizes["width"],
+        "num_hidden_layers": sizes["layers"], "num_attention_heads": sizes["heads"],
+        "num_key_value_heads": sizes["kv_heads"], "rms_norm_eps": 1e-5, "max_position_embeddings": 128,
+        "rope_parameters": {"rope_theta": 1000.0, "rope_type": "default"} | rope,
+        "tie_word_embeddings": options.get("tied", False),
+    }  # fmt: skip
+    if architecture == "llama":
+        settings |= {name: options.get(name, False) for name in ("attention_bias", "mlp_bias")}
+    if architecture != "qwen2":
+        settings["head_dim"] = sizes["head_dim"]
+    config = transformers.AutoConfig.for_model(architecture, **settings)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    state = {name: torch.from_numpy(value) for name, value in weights.items()}
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state)
+    return torch_logits(model, LETTERS)
+
+
+@pytest.mark.usefixtures("one_torch_thread")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_tiny_model_gives_the_logits_of_transformers_and_llama_cpp(tmp_path: Path, name: str) -> None:
+    variant = VARIANTS[name]
+    architecture, sizes, options, change, rope = variant
+    weights = tiny_weights(sizes, architecture, **options)
+    tensors = to_gguf(weights, sizes, interleaved=architecture == "llama")
+    path = write_gguf(tmp_path / "m.gguf", tensors, sizes, change, architecture=architecture)
     folder = convert(path, tmp_path)
-    theta = 500000.0 if change is llama3_of_llama else 1000.0
-
-    def reference(scaling: dict[str, Any] | None) -> np.ndarray:
-        config = transformers.LlamaConfig(
-            vocab_size=len(TOKENS), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5, max_position_embeddings=128,
-            rope_parameters={"rope_theta": theta} | (scaling or {"rope_type": "default"}),
-            tie_word_embeddings=options.get("tied", False), attention_bias=options.get("attention_bias", False),
-            mlp_bias=options.get("mlp_bias", False),
-        )  # fmt: skip
-        model = transformers.LlamaForCausalLM(config).eval()
-        state = {name: torch.from_numpy(value) for name, value in weights.items()}
-        if config.tie_word_embeddings:
-            state["lm_head.weight"] = state["model.embed_tokens.weight"]
-        model.load_state_dict(state)
-        return torch_logits(model, tokens)
-
-    tokens = random.Random(0).choices(range(256), k=100)
-    expected = reference(rope_scaling)
-    actual = mlx_logits(folder, tokens)
-    print("mlx", np.abs(actual - expected).max())
-    assert np.abs(actual - expected).max() < 1e-3
+    expected = reference_logits(weights, variant, rope)
+    differences = {"mlx": np.abs(mlx_logits(folder, LETTERS) - expected).max()}
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    assert np.abs(torch_logits(model, tokens) - expected).max() < 1e-4
-    if variant != "yarn, betas":  # llama.cpp does not read the betas for this architecture
-        difference = np.abs(LlamaCpp(path).last_logits(tokens) - expected[-1]).max()
-        print("llama.cpp", difference)
-        assert difference < 0.05  # its key-value cache is in half precision
-    if rope_scaling:
-        print("effect", np.abs(reference(None) - expected)[-1].max())
-        assert np.abs(reference(None) - expected)[-1].max() > 0.2
+    assert type(model).__name__ == json.loads((folder / "config.json").read_text())["architectures"][0]
+    differences["transformers"] = np.abs(torch_logits(model, LETTERS) - expected).max()
+    if change is not yarn_betas:  # llama.cpp does not read the betas for this architecture
+        differences["llama.cpp"] = np.abs(LlamaCpp(path).logits(LETTERS) - expected).max()
+    print(differences)
+    assert max(differences.values()) < 5e-4
+    if rope:
+        unscaled = {"rope_theta": rope["rope_theta"]} if {"rope_theta", "rope_type"} <= rope.keys() else {}
+        effect = np.abs(reference_logits(weights, variant, unscaled) - expected).max()
+        print("effect", effect)
+        assert effect > 0.2
+
+
+@pytest.mark.usefixtures("one_torch_thread")
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_rows_in_the_wrong_order_give_other_logits(tmp_path: Path, architecture: str) -> None:
+    weights = tiny_weights(architecture=architecture)
+    tensors = to_gguf(weights, interleaved=architecture != "llama")
+    path = write_gguf(tmp_path / "m.gguf", tensors, architecture=architecture)
+    expected = reference_logits(weights, Variant(architecture), {})
+    ours, llama_cpp = mlx_logits(convert(path, tmp_path), LETTERS), LlamaCpp(path).logits(LETTERS)
+    print(np.abs(ours - expected).max(), np.abs(llama_cpp - expected).max(), np.abs(ours - llama_cpp).max())
+    assert np.abs(ours - expected).max() > 0.5
+    assert np.abs(llama_cpp - expected).max() > 0.5
+    assert np.abs(ours - llama_cpp).max() < 5e-4
 
 
 # SentencePiece
@@ -507,7 +635,7 @@ def test_a_sentencepiece_tokenizer_gives_the_tokens_of_sentencepiece_and_llama_c
 
 
 def test_a_second_conversion_does_no_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_gguf(tmp_path / "m.gguf", to_gguf(tiny_weights(SIZES), SIZES))
+    path = write_tiny(tmp_path / "m.gguf")
     monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
     folder = convert(path)
     assert folder.parent == tmp_path / "cache" / "gguf"
@@ -570,7 +698,7 @@ FLOAT32, ARRAY, BOOL = gguf.GGUFValueType.FLOAT32, gguf.GGUFValueType.ARRAY, ggu
 
 BAD_METADATA = {
     "adapter": ("general.type", "adapter", STRING, "type 'adapter', not a model"),
-    "architecture": ("general.architecture", "gpt2", STRING, "architecture 'gpt2' is not supported"),
+    "architecture": ("general.architecture", "gpt2", STRING, "'gpt2' is not supported .*: llama, qwen2, qwen3; give"),
     "architecture of a wrong type": ("general.architecture", 7, UINT32, "should be of type str"),
     "split": ("split.count", 3, UINT32, "one part of a split model"),
     "experts": ("llama.expert_count", 8, UINT32, "expert_count = 8 is not supported"),
@@ -607,32 +735,24 @@ BAD_METADATA = {
 @pytest.mark.parametrize("case", BAD_METADATA)
 def test_unsupported_metadata_is_refused(tmp_path: Path, case: str) -> None:
     key, value, kind, reason = BAD_METADATA[case]
-    tensors = to_gguf(tiny_weights(SIZES), SIZES)
-    path = write_gguf(tmp_path / "m.gguf", tensors, change=set_value(key, value, kind))
+    path = write_tiny(tmp_path / "m.gguf", change=set_value(key, value, kind))
     with pytest.raises(InputError, match=f"m.gguf: .*{reason}") as caught:
         convert(path, tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert {file.suffix for file in (tmp_path / "cache").iterdir()} == {".lock"}
 
 
-def good(path: Path) -> None:
-    write_gguf(path, to_gguf(tiny_weights(SIZES), SIZES))
-
-
-def with_tensor(name: str, value: np.ndarray | None) -> Callable[[Path], None]:
+def with_tensor(name: str, value: np.ndarray | None, architecture: str = "llama") -> Callable[[Path], None]:
     def write(path: Path) -> None:
-        tensors = to_gguf(tiny_weights(SIZES), SIZES)
-        tensors.pop(name, None)
-        if value is not None:
-            tensors[name] = value if value.dtype == np.int32 else value.astype(np.float32)
-        write_gguf(path, tensors)
+        changed = value.astype(np.float32) if value is not None and value.dtype != np.int32 else value
+        write_tiny(path, architecture, {name: changed})
 
     return write
 
 
 def with_bytes(change: Callable[[bytearray], bytes | bytearray]) -> Callable[[Path], None]:
     def write(path: Path) -> None:
-        good(path)
+        write_tiny(path)
         path.write_bytes(change(bytearray(path.read_bytes())))
 
     return write
@@ -658,7 +778,12 @@ def yarn_attention_factor(path: Path) -> None:
         yarn(writer)
         writer.add_float32("llama.rope.scaling.yarn_attn_factor", 1.0)
 
-    write_gguf(path, to_gguf(tiny_weights(SIZES), SIZES), change=change)
+    write_tiny(path, change=change)
+
+
+def qwen2_with_wide_heads(path: Path) -> None:
+    tensors = to_gguf(tiny_weights(WIDE, "qwen2"), interleaved=False)
+    write_gguf(path, tensors, change=lambda writer: writer.add_key_length(32), architecture="qwen2")
 
 
 def tied_scores(path: Path) -> None:
@@ -690,11 +815,23 @@ BAD_FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "bias in one place": (with_tensor("blk.0.attn_q.bias", np.zeros(64)), "attn_k.bias is missing"),
     "unknown tensor": (with_tensor("blk.0.attn_q_norm.weight", np.ones(16)), "attn_q_norm.weight is not part"),
     "integer tensor": (with_tensor("output_norm.weight", np.ones(64, np.int32)), "unsupported type I32"),
-    "3-D tensor": (with_tensor("blk.0.x", np.ones((2, 2, 2))), "unsupported shape"),
+    "3-D tensor": (with_tensor("blk.0.x", np.ones((2, 2, 2))), "blk.0.x is not part of a supported llama"),
+    "5-D tensor": (with_tensor("blk.0.x", np.ones((2, 2, 2, 2, 2))), "unsupported shape"),
     "not finite": (with_tensor("output_norm.weight", np.full(64, np.nan)), "not finite"),
     "other RoPE divisors": (with_tensor("rope_freqs.weight", np.arange(1, 9)), "RoPE scaling of Llama 3"),
     "too many RoPE divisors": (with_tensor("rope_freqs.weight", np.ones(9)), "RoPE scaling of Llama 3"),
     "YaRN attention factor": (yarn_attention_factor, "yarn_attn_factor other than 1.138629"),
+    "qwen2moe": (with_tensor("blk.0.ffn_up_exps.weight", np.ones((4, 8, 8)), "qwen2moe"), "'qwen2moe' is not"),
+    "qwen3moe": (with_tensor("blk.0.ffn_up_exps.weight", np.ones((4, 8, 8)), "qwen3moe"), "'qwen3moe' is not"),
+    "qwen2 without a bias": (with_tensor("blk.1.attn_k.bias", None, "qwen2"), "attn_k.bias is missing"),
+    "qwen2 with a longer bias": (with_tensor("blk.0.attn_v.bias", np.ones(64), "qwen2"), r"\(64,\) instead of \(32,\)"),
+    "qwen2 with another bias": (with_tensor("blk.0.attn_output.bias", np.ones(64), "qwen2"), "output.bias is not part"),
+    "qwen2 with a norm": (with_tensor("blk.0.attn_q_norm.weight", np.ones(16), "qwen2"), "q_norm.weight is not part"),
+    "qwen2 with wide heads": (qwen2_with_wide_heads, "4 heads of size 32 do not make up the hidden size 64"),
+    "qwen3 without a norm": (with_tensor("blk.1.attn_q_norm.weight", None, "qwen3"), "attn_q_norm.weight is missing"),
+    "qwen3 with a longer norm": (with_tensor("blk.0.attn_k_norm.weight", np.ones(64), "qwen3"), r"instead of \(16,\)"),
+    "qwen3 with a bias": (with_tensor("blk.0.attn_q.bias", np.ones(64), "qwen3"), "attn_q.bias is not part"),
+    "qwen3 with RoPE divisors": (with_tensor("rope_freqs.weight", np.ones(8), "qwen3"), "rope_freqs.* is not part"),
     "the same score twice": (tied_scores, "token 'ba' has the same score"),
     "no file": (lambda path: None, "no such file"),
 }  # fmt: skip
@@ -709,10 +846,10 @@ def test_a_bad_file_is_refused(tmp_path: Path, case: str) -> None:
         convert(path, tmp_path / "cache")
 
 
-def test_a_damaged_file_is_refused_or_converted_but_never_crashes(tmp_path: Path) -> None:
-    good(tmp_path / "good.gguf")
-    whole = (tmp_path / "good.gguf").read_bytes()
-    header = len(whole) - sum(value.nbytes for value in tiny_weights(SIZES).values())
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_a_damaged_file_is_refused_or_converted_but_never_crashes(tmp_path: Path, architecture: str) -> None:
+    whole = write_tiny(tmp_path / "good.gguf", architecture).read_bytes()
+    header = len(whole) - sum(value.nbytes for value in tiny_weights(architecture=architecture).values())
     generator = random.Random(0)
     refused = 0
     for number in range(150):
@@ -732,7 +869,7 @@ def test_a_damaged_file_is_refused_or_converted_but_never_crashes(tmp_path: Path
 
 
 def test_a_cache_that_cannot_be_written_is_an_input_error(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", to_gguf(tiny_weights(SIZES), SIZES))
+    path = write_tiny(tmp_path / "m.gguf")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"m\.gguf: .*MLX_LORA_CACHE"):
         convert(path, tmp_path / "file" / "cache")

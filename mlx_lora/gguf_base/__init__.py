@@ -8,7 +8,7 @@ from pathlib import Path
 from mlx_lora import files
 from mlx_lora.errors import InputError
 from mlx_lora.gguf_base.reader import read
-from mlx_lora.gguf_base.settings import ARCHITECTURES, architecture, model_config
+from mlx_lora.gguf_base.settings import architecture, model_config
 from mlx_lora.gguf_base.tokenizer import write_tokenizer
 from mlx_lora.gguf_base.weights import tensor_names, write_weights
 
@@ -68,11 +68,11 @@ def _convert_locked(path: Path, folder: Path, weights: bool) -> None:
 
 def _write_folder(path: Path, folder: Path, weights: bool) -> None:
     metadata, tensors = read(path)
-    kind = architecture(metadata)
-    metadata = {key.removeprefix(f"{kind}."): value for key, value in metadata.items()}
-    config = ARCHITECTURES[kind] | model_config(metadata, tensors)
+    base = architecture(metadata)
+    metadata = {key.removeprefix(f"{base.name}."): value for key, value in metadata.items()}
+    config = model_config(base, metadata, tensors)
     names = tensor_names(config, tensors)
     write_tokenizer(metadata, config, folder)
     files.write_json(folder / "config.json", config)
     if weights:
-        write_weights(names, tensors, config["head_dim"], folder)
+        write_weights(names, tensors, config["head_dim"] if base.interleaved else None, folder)

@@ -132,7 +132,7 @@ def _tensor(
     name: str, kind: GGMLQuantizationType, shape: tuple[int, ...], offset: int, data: npt.NDArray[np.uint8]
 ) -> TensorInfo:
     block_size, block_bytes = GGML_QUANT_SIZES[kind]
-    if len(shape) not in (1, 2) or min(shape) < 1 or shape[-1] % block_size:
+    if not 1 <= len(shape) <= 4 or min(shape) < 1 or shape[-1] % block_size:
         raise InputError(f"tensor {name} of type {kind.name} has the unsupported shape {shape}")
     try:
         dequantize(np.zeros((1, block_bytes), np.uint8), kind)

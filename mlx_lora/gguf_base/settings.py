@@ -11,11 +11,10 @@ from gguf.quants import dequantize
 
 from mlx_lora.errors import InputError
 from mlx_lora.gguf_base.reader import Metadata, TensorInfo, Tensors, get, size
-from mlx_lora.gguf_base.weights import ATTENTION, MLP
+from mlx_lora.gguf_layout import ARCHITECTURES, ATTENTION, MLP, Architecture
 
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
-}
+# The architectures that a base may have. A file of architecture llama, a Mistral too, becomes a Llama.
+BASES = {known.name: known for known in ARCHITECTURES if known.model_type in ("llama", "qwen2", "qwen3")}
 # Keys that change what a model computes in ways the converted model cannot: only these values mean "no change".
 NEUTRAL_VALUES = {
     "expert_count": 0,
@@ -36,20 +35,23 @@ NEUTRAL_VALUES = {
 TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def architecture(metadata: Metadata) -> str:
+def architecture(metadata: Metadata) -> Architecture:
     """The architecture of a file that is one whole model of a supported one."""
     kind = get(metadata, "general.type", str, "model")
     if kind != "model":
         raise InputError(f"the file is of type '{kind}', not a model; give the GGUF file of the base model")
     if get(metadata, "split.count", int, 1) > 1:
         raise InputError("the file is one part of a split model; join the parts with llama-gguf-split --merge")
-    architecture = get(metadata, "general.architecture", str)
-    if architecture not in ARCHITECTURES:
-        raise InputError(f"architecture '{architecture}' is not supported; supported: {', '.join(ARCHITECTURES)}")
-    return architecture
+    name = get(metadata, "general.architecture", str)
+    if name not in BASES:
+        raise InputError(
+            f"architecture '{name}' is not supported in a GGUF file; supported: {', '.join(BASES)};"
+            " give the model's Hugging Face folder instead"
+        )
+    return BASES[name]
 
 
-def model_config(metadata: Metadata, tensors: Tensors) -> dict[str, Any]:
+def model_config(base: Architecture, metadata: Metadata, tensors: Tensors) -> dict[str, Any]:
     """The content of config.json, with nothing left to a reader's defaults but the architecture."""
     for key, neutral in NEUTRAL_VALUES.items():
         if metadata.get(key, neutral) != neutral:
@@ -65,8 +67,12 @@ def model_config(metadata: Metadata, tensors: Tensors) -> dict[str, Any]:
             f"{heads} heads of size {head_dim} with {kv_heads} key heads, value size and RoPE size of {sorted(same)}"
             " are not supported; use another model"
         )
+    if base.model_type == "qwen2" and heads * head_dim != hidden:  # neither mlx-lm nor llama.cpp has it
+        raise InputError(f"{heads} heads of size {head_dim} do not make up the hidden size {hidden}; convert it again")
     matrix_dtypes = {tensor.stored_dtype for tensor in tensors.values() if len(tensor.shape) == 2}
     return {
+        "model_type": base.model_type,
+        "architectures": [base.hf_class],
         "hidden_size": hidden,
         "num_hidden_layers": size(metadata, "block_count"),
         "intermediate_size": size(metadata, "feed_forward_length"),
@@ -80,10 +86,21 @@ def model_config(metadata: Metadata, tensors: Tensors) -> dict[str, Any]:
         "rope_theta": get(metadata, "rope.freq_base", float, 10000.0),
         "rope_scaling": _rope_scaling(metadata, tensors, head_dim),
         "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": any(f"blk.0.{name}.bias" in tensors for name in ATTENTION),
-        "mlp_bias": any(f"blk.0.{name}.bias" in tensors for name in MLP),
+        **_choices(base, tensors),
         "dtype": TORCH_DTYPES[matrix_dtypes.pop()] if len(matrix_dtypes) == 1 else "float32",
     }
+
+
+def _choices(base: Architecture, tensors: Tensors) -> dict[str, bool]:
+    """What only some of the architectures leave to config.json."""
+    if base.model_type == "llama":
+        return {
+            "attention_bias": any(f"blk.0.{name}.bias" in tensors for name in ATTENTION.values()),
+            "mlp_bias": any(f"blk.0.{name}.bias" in tensors for name in MLP.values()),
+        }
+    if base.model_type == "qwen3":  # mlx-lm's has no biases
+        return {"attention_bias": False, "use_sliding_window": False}
+    return {"use_sliding_window": False}
 
 
 def _rope_scaling(metadata: Metadata, tensors: Tensors, head_dim: int) -> dict[str, Any] | None:

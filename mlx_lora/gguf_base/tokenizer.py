@@ -15,6 +15,11 @@ LLAMA3_PATTERN = (
     r"'[sStTmMdD]|'[rR][eE]|'[vV][eE]|'[lL][lL]|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN2_PATTERN = LLAMA3_PATTERN.replace("{1,3}", "")
+QWEN35_PATTERN = (
+    r"'[sStTmMdD]|'[rR][eE]|'[vV][eE]|'[lL][lL]|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # tokenizer.ggml.pre: the patterns that split a text into words, applied one after the other.
 PRE_TOKENIZERS = {
     "default": [r"[\p{P}$+<=>^~|]+", GPT2_PATTERN, r"\p{N}+", r"[0-9][0-9][0-9]"],
@@ -23,7 +28,9 @@ PRE_TOKENIZERS = {
     "llama-bpe": [LLAMA3_PATTERN],
     "llama-v3": [LLAMA3_PATTERN],
     "llama3": [LLAMA3_PATTERN],
-    "qwen2": [LLAMA3_PATTERN.replace("{1,3}", "")],
+    "qwen2": [QWEN2_PATTERN],
+    "deepseek-r1-qwen": [QWEN2_PATTERN],
+    "qwen35": [QWEN35_PATTERN],
 }
 WHOLE_WORDS_AND_BOS = {"llama-bpe", "llama-v3", "llama3"}  # a word that is a token is not merged; BOS by default
 

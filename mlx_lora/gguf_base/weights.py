@@ -13,11 +13,9 @@ from gguf.quants import dequantize
 from mlx_lora import files
 from mlx_lora.errors import InputError
 from mlx_lora.gguf_base.reader import KEPT_TYPES, TensorInfo, Tensors
+from mlx_lora.gguf_layout import ATTENTION, INTERLEAVED, MLP, QK_NORMS, deinterleave, tensor_name
 
 SHARD_BYTES = 4_000_000_000
-ATTENTION = {"attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_output": "o_proj"}
-MLP = {"ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"}
-NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 
 
 def tensor_names(config: dict[str, Any], tensors: Tensors) -> dict[str, str]:
@@ -25,11 +23,22 @@ def tensor_names(config: dict[str, Any], tensors: Tensors) -> dict[str, str]:
     hidden, width, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     queries = config["num_attention_heads"] * config["head_dim"]
     keys = config["num_key_value_heads"] * config["head_dim"]
-    shapes: dict[str, tuple[int, ...]] = {
-        "attn_q": (queries, hidden), "attn_k": (keys, hidden), "attn_v": (keys, hidden),
-        "attn_output": (hidden, queries),
-        "ffn_gate": (width, hidden), "ffn_up": (width, hidden), "ffn_down": (hidden, width),
+    block: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (width, hidden), "mlp.up_proj": (width, hidden), "mlp.down_proj": (hidden, width),
+        "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
     }  # fmt: skip
+    kind = config["model_type"]
+    if kind == "qwen3":
+        block |= dict.fromkeys(QK_NORMS, (config["head_dim"],))
+    biased: set[str] = set()
+    if kind == "qwen2":  # always, so that config.json has no key for it
+        biased |= ATTENTION.keys() - {"self_attn.o_proj"}
+    if config.get("attention_bias"):
+        biased |= ATTENTION.keys()
+    if config.get("mlp_bias"):
+        biased |= MLP.keys()
     expected = {
         "token_embd.weight": ("model.embed_tokens.weight", (vocabulary, hidden)),
         "output_norm.weight": ("model.norm.weight", (hidden,)),
@@ -37,14 +46,12 @@ def tensor_names(config: dict[str, Any], tensors: Tensors) -> dict[str, str]:
     if not config["tie_word_embeddings"]:
         expected["output.weight"] = ("lm_head.weight", (vocabulary, hidden))
     for layer in range(config["num_hidden_layers"]):
-        for block, linears, bias in (("self_attn", ATTENTION, "attention_bias"), ("mlp", MLP, "mlp_bias")):
-            for name, linear in linears.items():
-                target = f"model.layers.{layer}.{block}.{linear}"
-                expected[f"blk.{layer}.{name}.weight"] = (f"{target}.weight", shapes[name])
-                if config[bias]:
-                    expected[f"blk.{layer}.{name}.bias"] = (f"{target}.bias", shapes[name][:1])
-        for name, norm in NORMS.items():
-            expected[f"blk.{layer}.{name}.weight"] = (f"model.layers.{layer}.{norm}.weight", (hidden,))
+        for path, shape in block.items():
+            target = f"model.layers.{layer}.{path}"
+            name = tensor_name(target)
+            expected[f"{name}.weight"] = (f"{target}.weight", shape)
+            if path in biased:
+                expected[f"{name}.bias"] = (f"{target}.bias", shape[:1])
         if f"blk.{layer}.attn_q.weight" not in tensors:
             break  # a damaged layer count must not make the list endless
     for name, (_, shape) in expected.items():
@@ -52,13 +59,17 @@ def tensor_names(config: dict[str, Any], tensors: Tensors) -> dict[str, str]:
             raise InputError(f"tensor {name} is missing; give a complete model file")
         if tensors[name].shape != shape:
             raise InputError(f"tensor {name} has shape {tensors[name].shape} instead of {shape}; convert it again")
-    if unknown := tensors.keys() - expected.keys() - {"rope_freqs.weight"}:
-        raise InputError(f"tensor {min(unknown)} is not part of a supported model; use another model")
+    in_config = {"rope_freqs.weight"} if kind == "llama" else set()  # config.json's rope_scaling says the same
+    if unknown := tensors.keys() - expected.keys() - in_config:
+        raise InputError(f"tensor {min(unknown)} is not part of a supported {kind} model; use another model")
     return {name: target for name, (target, _) in expected.items()}
 
 
-def write_weights(names: dict[str, str], tensors: Tensors, head_dim: int, folder: Path) -> None:
-    """Writes the weights as safetensors files of at most SHARD_BYTES (or one tensor), reading little at a time."""
+def write_weights(names: dict[str, str], tensors: Tensors, head_dim: int | None, folder: Path) -> None:
+    """Writes the weights as safetensors files of at most SHARD_BYTES (or one tensor), reading little at a time.
+
+    `head_dim` is that of a file whose query and key rows are interleaved, else None.
+    """
     total = sum(tensors[name].stored_bytes for name in names)
     shards: list[list[str]] = [[]]
     room = SHARD_BYTES
@@ -78,7 +89,9 @@ def write_weights(names: dict[str, str], tensors: Tensors, head_dim: int, folder
         files.write_json(folder / "model.safetensors.index.json", index)
 
 
-def _write_safetensors(path: Path, shard: list[str], names: dict[str, str], tensors: Tensors, head_dim: int) -> None:
+def _write_safetensors(
+    path: Path, shard: list[str], names: dict[str, str], tensors: Tensors, head_dim: int | None
+) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in shard:
@@ -90,19 +103,15 @@ def _write_safetensors(path: Path, shard: list[str], names: dict[str, str], tens
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name in shard:
-            permuted = ".attn_q." in name or ".attn_k." in name
-            for values in _values(name, tensors[name], head_dim, permuted):
+            interleaved = name.split(".")[-2] in INTERLEAVED
+            for values in _values(name, tensors[name], head_dim if interleaved else None):
                 file.write(values.data)
 
 
-def _values(name: str, tensor: TensorInfo, head_dim: int, permuted: bool) -> Iterator[npt.NDArray[Any]]:
-    """A tensor's values as stored, some rows at a time.
-
-    With ``permuted``, the rows of each head are put back from llama.cpp's order (the two halves that RoPE rotates
-    interleaved) into Hugging Face's (one half after the other).
-    """
+def _values(name: str, tensor: TensorInfo, head_dim: int | None) -> Iterator[npt.NDArray[Any]]:
+    """A tensor's values as stored, some rows at a time; with `head_dim`, rows that were interleaved are put back."""
     rows = tensor.data.reshape(tensor.shape[0] if len(tensor.shape) == 2 else 1, -1)
-    step = 16 * head_dim
+    step = 16 * (head_dim or 64)
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
         with np.errstate(all="ignore"):
@@ -111,7 +120,6 @@ def _values(name: str, tensor: TensorInfo, head_dim: int, permuted: bool) -> Ite
             raise InputError(f"tensor {name} has values that are not finite; download or convert the file again")
         if tensor.type in KEPT_TYPES:
             values = part.view(KEPT_TYPES[tensor.type][1])
-        if permuted:
-            width = tensor.shape[1] if len(tensor.shape) == 2 else 1
-            values = values.reshape(-1, head_dim // 2, 2, width).swapaxes(1, 2)
+        if head_dim:
+            values = deinterleave(values.reshape(-1, *tensor.shape[1:]), head_dim)
         yield np.ascontiguousarray(values)
