@@ -27,6 +27,7 @@ def read(folder: str | Path) -> Adapter:
 def load(model: nn.Module, folder: str | Path) -> Adapter:
     """Reads the adapter in `folder` and attaches it to `model`. Raises InputError where it does not fit."""
     adapter = read(folder)
+    peft_form.check_tying(Path(folder), adapter, tied="lm_head" not in dict(model.named_modules()))
     try:
         lora.attach_adapter(model, adapter)
     except InputError as error:
