@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 from mlx_lora import blas, gguf_base
 from mlx_lora.config import Model
 from mlx_lora.errors import InputError
+from mlx_lora.gguf_layout import ARCHITECTURES
 
 # Everything that a model folder needs; never *.py.
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
@@ -47,11 +48,12 @@ class Base:
     identity: dict[str, str]
 
 
-def load(options: Model, weights: bool = True) -> Base:
+def load(options: Model, weights: bool = True, as_stored: bool = False) -> Base:
     """Loads the base and its tokenizer.
 
     Nothing that a model ships is executed. With `weights` false the model has its structure only (random, unevaluated
-    weights) and no weight file is downloaded or read, for `--dry-run`.
+    weights) and no weight file is downloaded or read, for `--dry-run`. With `as_stored`, arrays keep the type that they
+    are stored in on a CPU too (but for a base that is quantized on load: it is the one that training saw).
     Raises InputError naming the model and what is wrong with it.
     """
     folder = resolve(options, weights)
@@ -66,7 +68,7 @@ def load(options: Model, weights: bool = True) -> Base:
         raise InputError(f"model: {options.path} cannot be loaded: {_words(error)}") from None
     _check_rope(model, config, folder)
     tokenizer = load_tokenizer(folder, config)
-    _set_precision(model, options, config)
+    _set_precision(model, options, config, as_stored)
     model.freeze()
     model.eval()
     if weights:
@@ -172,6 +174,8 @@ def _changes(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """
     changes: dict[str, Any] = {}
     known = inspect.signature(_arguments_type(config, folder)).parameters
+    if "tie_word_embeddings" not in config and config["model_type"] in {known.model_type for known in ARCHITECTURES}:
+        changes["tie_word_embeddings"] = False  # transformers' default; mlx-lm's llama and qwen2 would drop lm_head
     if "num_experts" in known and "num_experts" not in config and "num_local_experts" in config:
         changes["num_experts"] = config["num_local_experts"]
     # Where both stand, transformers takes rope_scaling.
@@ -258,7 +262,7 @@ def _words(error: Exception) -> str:
     return f"{text} is missing" if isinstance(error, KeyError) else text or type(error).__name__
 
 
-def _set_precision(model: nn.Module, options: Model, config: dict[str, Any]) -> None:
+def _set_precision(model: nn.Module, options: Model, config: dict[str, Any], as_stored: bool) -> None:
     """Casts and quantizes layer by layer, unevaluated."""
     quantized = any(name.endswith(".scales") for name, _ in tree_flatten(model.parameters()))
     quantized = quantized or "quantization" in config or "quantization_config" in config
@@ -266,22 +270,33 @@ def _set_precision(model: nn.Module, options: Model, config: dict[str, Any]) -> 
         raise InputError(f"model.quantize: {options.path} is quantized already; remove model.quantize")
     if options.dtype != "auto":
         model.set_dtype(getattr(mx, options.dtype))
-    elif mx.default_device() == mx.cpu:
+    elif mx.default_device() == mx.cpu and (options.quantize or not as_stored):
         model.set_dtype(mx.float32)
     if options.quantize:
-        group, bits = options.quantize.group_size, options.quantize.bits
         layers = {path: module for path, module in model.named_modules() if hasattr(module, "to_quantized")}
-        odd = [path for path, module in layers.items() if module.weight.shape[-1] % group]
-        if len(odd) == len(layers):
+        forms = quantized_forms(model, layers, options.quantize.bits, options.quantize.group_size)
+        if not forms:
             raise InputError(
-                f"model.quantize.group_size: {group} divides no layer of {options.path}; use a smaller one"
+                f"model.quantize.group_size: {options.quantize.group_size} divides no layer of {options.path}; "
+                "use a smaller one"
             )
-        keep = getattr(model, "quant_predicate", None) or (lambda path, module: True)  # such as routers, at 8 bits
+        nn.quantize(model, class_predicate=lambda path, _: forms.get(path, False))
 
-        def choice(path: str, module: nn.Module) -> Any:
-            return path in layers and path not in odd and keep(path, module)
 
-        nn.quantize(model, group, bits, class_predicate=choice)
+def quantized_forms(
+    model: nn.Module, layers: dict[str, nn.Module], bits: int, group_size: int
+) -> dict[str, dict[str, Any]]:
+    """What quantizing makes of a model's dense `layers`: {path: {group_size, bits, mode}}. Those whose rows do not
+    divide into groups, and those that the model leaves out, stay as they are."""
+    choice = getattr(model, "quant_predicate", None) or (lambda path, module: True)  # such as routers, at 8 bits
+    forms = {}
+    for path, module in layers.items():
+        chosen = choice(path, module)
+        form: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": "affine"}
+        form |= chosen if isinstance(chosen, dict) else {}
+        if chosen and module.weight.shape[-1] % form["group_size"] == 0:
+            forms[path] = form
+    return forms
 
 
 def _identity(options: Model, folder: Path, weights: bool) -> dict[str, str]:

@@ -47,7 +47,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "model"
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(special + alphabet)}, []))
+    tokens = [*special, *alphabet, "qz"]  # one merge, since llama.cpp takes no tokenizer without
+    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, [("q", "z")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(
@@ -68,7 +69,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=len(special) + len(alphabet),
+        vocab_size=len(tokens),
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=1,

@@ -688,3 +688,21 @@ def test_openblas_is_loaded_before_mlx() -> None:
     without = run(WHOSE_SGEMM.format(before=""))
     assert "openblas" not in without.stdout
     assert without.stdout.startswith("False") or without.returncode != 0
+
+
+def test_embeddings_are_untied_where_the_config_does_not_say(tmp_path, tiny_model):
+    """As in transformers; mlx-lm alone would use the input embeddings as the head, without a word."""
+    torch.manual_seed(1)
+    config_of = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    reference = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**config_of, num_key_value_heads=2, vocab_size=260, tie_word_embeddings=False)
+    )
+    shutil.copytree(tiny_model, tmp_path / "model")
+    reference.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "tie_word_embeddings"}))
+    base = model.load(Model(path=str(tmp_path / "model")))
+    tokens = [[5, 9, 77, 3]]
+    with torch.no_grad():
+        expected = reference(torch.tensor(tokens)).logits.numpy()
+    assert np.abs(np.array(base.model(mx.array(tokens))) - expected).max() < 1e-5

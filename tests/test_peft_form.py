@@ -37,7 +37,7 @@ SHAPE = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "vocab_size": 259,
+    "vocab_size": 260,
     "max_position_embeddings": 128,
     "initializer_range": 0.1,
     "tie_word_embeddings": False,

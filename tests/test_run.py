@@ -462,7 +462,8 @@ def test_training_goes_on_from_an_adapter(options, tmp_path):
     finetune(options, ["data.valid=0.2", "eval.every=100", "train.schedule.name=constant"])
     first = tmp_path / "run"
     result = finetune(options, [f"lora.start_from={newest(first)}", f"output_dir={tmp_path / 'more'}"])
-    losses = [[event["loss"] for event in events(run) if event["event"] == "eval"] for run in (first, tmp_path / "more")]
+    runs = (first, tmp_path / "more")
+    losses = [[event["loss"] for event in events(run) if event["event"] == "eval"] for run in runs]
     assert losses[1][0] == losses[0][-1] != losses[0][0]
     assert result.best_loss < losses[0][-1]
 

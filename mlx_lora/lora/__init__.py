@@ -18,7 +18,7 @@ from mlx_lora.lora.adapter import (
     set_parameters,
     unmerge,
 )
-from mlx_lora.lora.layers import LoRAEmbedding, LoRALayer, LoRALinear, LoRASwitchLinear, weight_shape
+from mlx_lora.lora.layers import LoRAEmbedding, LoRALayer, LoRALinear, LoRASwitchLinear, dense_weight, weight_shape
 from mlx_lora.lora.targets import adaptable, block_number, select
 from mlx_lora.lora.value import Adapter, Pair, check_finite, pairs_of
 
@@ -39,6 +39,7 @@ __all__ = [
     "check_finite",
     "check_fit",
     "count",
+    "dense_weight",
     "detach",
     "disable",
     "enable",

@@ -64,7 +64,7 @@ class LoRALayer(nn.Module):
 
     def merged_weight(self) -> mx.array:
         """base + delta as a full float32 weight; a quantized base is dequantized."""
-        return _dense_weight(self.base).astype(mx.float32) + self.delta()
+        return dense_weight(self.base) + self.delta()
 
     def merge(self) -> None:
         """Puts a dense layer with base + delta in the place of the base, which is kept for `unmerge`.
@@ -75,7 +75,7 @@ class LoRALayer(nn.Module):
         if not self.merged:
             base = self.base
             merged = _dense_type(base)
-            merged.weight = self.merged_weight().astype(_dense_weight(base).dtype)
+            merged.weight = self.merged_weight().astype(_dense_dtype(base))
             if "bias" in base:
                 merged.bias = base.bias
             merged.freeze()
@@ -206,12 +206,24 @@ def _quantized(module: nn.Module) -> bool:
     return isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear))
 
 
-def _dense_weight(module: nn.Module) -> mx.array:
+def dense_weight(module: nn.Module) -> mx.array:
+    """A layer's weight in float32. Scales are widened before they are used: a code times a bfloat16 scale is no
+    bfloat16 number."""
     if not _quantized(module):
-        return module.weight
+        return module.weight.astype(mx.float32)
+    scales, biases = module.scales, module.get("biases")
+    if mx.issubdtype(scales.dtype, mx.floating):  # bytes in mxfp4 and its kind
+        scales = scales.astype(mx.float32)
+    if biases is not None:
+        biases = biases.astype(mx.float32)
     return mx.dequantize(
-        module.weight, module.scales, module.get("biases"), module.group_size, module.bits, mode=module.mode
+        module.weight, scales, biases, module.group_size, module.bits, mode=module.mode, dtype=mx.float32
     )
+
+
+def _dense_dtype(module: nn.Module) -> mx.Dtype:
+    dtype: mx.Dtype = module.get("scales", module.weight).dtype
+    return dtype if mx.issubdtype(dtype, mx.floating) else mx.bfloat16
 
 
 def _dense_type(module: nn.Module) -> Any:
