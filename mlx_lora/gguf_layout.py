@@ -5,9 +5,12 @@ Facts from llama.cpp (gguf-py/gguf/tensor_mapping.py, convert_hf_to_gguf.py).
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+
+Dtype = Literal["f16", "f32", "bf16", "q8_0"]  # types that files are written in
 
 
 @dataclass(frozen=True)

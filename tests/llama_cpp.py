@@ -10,6 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+# One for all: llama.cpp keeps the pointer.
+NO_LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+
 
 class Params(ctypes.Structure):
     # Larger than any parameter struct: passed by value with all of its unknown fields at their defaults.
@@ -67,8 +70,7 @@ class LlamaCpp:
 
     def __init__(self, path: Path, loras: Sequence[tuple[Path, float]] = ()) -> None:
         api = self.api = _api()
-        self.no_log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
-        api.llama_log_set(self.no_log, None)
+        api.llama_log_set(NO_LOG, None)
         self.model = ctypes.c_void_p(
             api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
         )

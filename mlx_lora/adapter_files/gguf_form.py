@@ -7,7 +7,7 @@ itself: an adapter that does not fit can be ignored, or end the process in the m
 
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +24,11 @@ from mlx_lora.gguf_layout import (
     INTERLEAVED,
     MLP,
     Architecture,
+    Dtype,
     interleave,
     tensor_name,
 )
 from mlx_lora.lora import Adapter, Pair
-
-Dtype = Literal["f16", "f32", "bf16", "q8_0"]
 
 TABLE = "model.embed_tokens"  # rows are looked up in it
 ENDS = (TABLE, "lm_head")
