@@ -145,10 +145,7 @@ def _attach(config: Config, base: Base) -> list[str]:
             f"{source} {side} {differing[0]} (in all {len(differing)} modules differ): set lora.target_modules to "
             f"[{names}] and lora.layers to {blocks or 'all'}, or to what of these it adapts"
         )
-    try:
-        lora.check_fit(base.model, adapter)
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from None
+    adapter_files.check(base.model, adapter, config.lora.start_from)
     lora.set_parameters(base.model, adapter.arrays())
     return paths
 

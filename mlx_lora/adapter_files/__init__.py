@@ -20,6 +20,8 @@ def read(folder: str | Path) -> Adapter:
     Raises InputError naming the file and what is wrong with it.
     """
     folder = Path(folder)
+    if folder.suffix == ".gguf" and not folder.is_dir():
+        raise InputError(f"{folder}: a GGUF file is no adapter that is read here; give the folder it was made from")
     form = peft_form if "peft_type" in settings_of(folder / mlx_form.SETTINGS) else mlx_form
     return form.read(folder)
 
@@ -27,12 +29,18 @@ def read(folder: str | Path) -> Adapter:
 def load(model: nn.Module, folder: str | Path) -> Adapter:
     """Reads the adapter in `folder` and attaches it to `model`. Raises InputError where it does not fit."""
     adapter = read(folder)
-    peft_form.check_tying(Path(folder), adapter, tied="lm_head" not in dict(model.named_modules()))
+    check(model, adapter, folder)
+    lora.attach_adapter(model, adapter)
+    return adapter
+
+
+def check(model: nn.Module, adapter: Adapter, folder: str | Path) -> None:
+    """Raises InputError where the adapter that was read from `folder` does not fit `model`."""
     try:
-        lora.attach_adapter(model, adapter)
+        lora.check_fit(model, adapter)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
-    return adapter
+    peft_form.check_tying(Path(folder), adapter, tied="lm_head" not in dict(model.named_modules()))
 
 
 def base_of(folder: str | Path) -> Model:
