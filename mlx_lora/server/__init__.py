@@ -1,0 +1,1 @@
+"""An HTTP API in OpenAI's style for a base model and any number of adapters."""
