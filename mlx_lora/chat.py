@@ -13,7 +13,7 @@ def tokenize(row: dict[str, Any], tokenizer: Any, loss_on: str) -> tuple[list[in
     """
     messages, tools = _checked(row), row.get("tools")
     text = render(messages, tokenizer, tools)
-    _check_tools(messages, tools, tokenizer, text)
+    check_tools(messages, tools, tokenizer, text)
     encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
     tokens, offsets = list(encoding.ids), encoding.offsets
     if loss_on == "all":
@@ -53,10 +53,10 @@ def _end_of_turn(answer: list[int], whole_turn: bool, tokenizer: Any) -> int | N
     return stops[0] if stops else special[-1] if special and whole_turn else None
 
 
-def _check_tools(messages: list[dict[str, Any]], tools: Any, tokenizer: Any, text: str) -> None:
-    """Raises InputError where the chat template leaves out the row's tools or tool calls."""
+def check_tools(messages: list[dict[str, Any]], tools: Any, tokenizer: Any, text: str) -> None:
+    """Raises InputError where the chat template, which makes `text` of them, leaves out tools or tool calls."""
     if tools and render(messages, tokenizer) == text:
-        raise InputError("the model's chat template leaves out tools; use another model, or take them out of the row")
+        raise InputError("the model's chat template leaves out tools; use another model, or take them out")
     if any(message.get("tool_calls") for message in messages):
         without = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
         if render(without, tokenizer, tools) == text:

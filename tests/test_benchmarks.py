@@ -57,3 +57,10 @@ def test_qwen_step(tmp_path: Path) -> None:
     assert positive(*times.values(), *figures["peak_memory"].values())
     assert figures["ratio"] == pytest.approx(times["step"] / times["mlx-lm step"])
     assert f"{figures['ratio']:.3f}" in text
+
+
+def test_live_adapters(tmp_path: Path, tiny_model: Path) -> None:
+    text, figures = run("live_adapters.py", tmp_path, str(tiny_model), "--repeats", "3", "--cycles", "20")
+    assert positive(*figures["milliseconds"].values())
+    assert figures["memory"][0] == figures["memory"][1]
+    assert f"{figures['milliseconds']['swap']:.2f}" in text

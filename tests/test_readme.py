@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from mlx_lora import config_file
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 # What sets the project up: done before these tests run, or (the quickstart) run by a test of its own.
-SET_UP = {"./scripts/quickstart.sh", "./scripts/test.sh", "pip install ."}
+SET_UP = {"./scripts/quickstart.sh", "./scripts/test.sh", "pip install .", "pip install '.[serve]'"}
 
 
 def blocks(language: str) -> list[str]:
@@ -24,6 +25,18 @@ def blocks(language: str) -> list[str]:
 def commands() -> list[list[str]]:
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     return [command for line in lines if (command := shlex.split(line, comments=True))]
+
+
+def assert_it_serves(command: list[str], folder: Path) -> None:
+    """It says where, answers there, and ends when it is told to."""
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            address = next(line for line in server.stdout if "http://" in line).split()[-1]
+            with urllib.request.urlopen(f"{address}/models", timeout=60) as answer:
+                assert b'"long"' in answer.read()
+        finally:
+            server.terminate()
+        assert server.wait(60) == 143
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +57,9 @@ def test_every_command_of_the_readme_works_in_its_order(folder):
             continue
         program, *arguments = command
         start = [sys.executable] if program == "python" else [sys.executable, "-m", *program.split(".")]
+        if "mlx_lora.serve" in arguments:
+            assert_it_serves([*start, *arguments, "--port", "0"], folder)
+            continue
         ended = subprocess.run([*start, *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
         assert ended.returncode == 0, f"{shlex.join(command)}\n{ended.stdout}\n{ended.stderr}"
     for block in blocks("python"):

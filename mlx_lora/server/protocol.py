@@ -12,7 +12,6 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Json, ValidationError, model_validator
 
 from mlx_lora import chat, generation
-from mlx_lora.errors import InputError
 
 Finish = Literal["stop", "length"]
 
@@ -183,12 +182,7 @@ class ChatRequest(Sampled):
     def tokens(self, tokenizer: Any) -> list[int]:
         messages = [message.for_template() for message in self.messages]
         tools = [tool.model_dump() for tool in self.tools] if self.tools else None
-        written = chat.render(messages, tokenizer, tools)
-        if tools and chat.render(messages, tokenizer) == written:
-            raise InputError("the model's chat template leaves out tools")
-        without = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
-        if without != messages and chat.render(without, tokenizer, tools) == written:
-            raise InputError("the model's chat template leaves out tool_calls; write them as content")
+        chat.check_tools(messages, tools, tokenizer, chat.render(messages, tokenizer, tools))
         return generation.chat_prompt(tokenizer, messages, tools)
 
     def choice(self, text: str, finish: Finish) -> dict[str, Any]:
