@@ -14,14 +14,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_lora import files
+from mlx_lora import adapter_files, files
 from mlx_lora.adapter_files import mlx_form
 from mlx_lora.adapter_files.reading import fitting_arrays
 from mlx_lora.errors import InputError
 from mlx_lora.optim import flatten_state, restore_state
 from mlx_lora.step import State
 
-FOLDER = "checkpoints"
 OPTIMIZER = "optimizer.safetensors"
 BEST = "best.safetensors"
 PROGRESS = "progress.json"
@@ -62,8 +61,8 @@ def save(
 
     `contract` is what a resumed run must find unchanged; see `check`.
     """
-    folder = run / FOLDER / f"{progress.step:08d}"
-    with files.new_folder(folder) as temporary:
+    folder = run / adapter_files.CHECKPOINTS / f"{progress.step:08d}"
+    with files.new_folder(folder, replace=True) as temporary:  # the same checkpoint of an earlier try
         mlx_form.save(temporary, state.adapter, settings, metadata)
         mx.save_safetensors(str(temporary / OPTIMIZER), flatten_state(state.optimizer))
         if best is not None:
@@ -82,7 +81,7 @@ def save(
 
 def complete(run: Path) -> list[Path]:
     """The run's checkpoints with a manifest, oldest first."""
-    return sorted(path.parent for path in (run / FOLDER).glob(f"[0-9]*/{MANIFEST}"))
+    return sorted(path.parent for path in (run / adapter_files.CHECKPOINTS).glob(f"[0-9]*/{MANIFEST}"))
 
 
 def latest(run: Path) -> tuple[Path | None, list[str]]:

@@ -1,7 +1,9 @@
 """Bad input and interruption, and the exit code that every command gives each."""
 
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 
 class InputError(Exception):
@@ -22,6 +24,7 @@ def exit_code(main: Callable[[], None]) -> int:
     0 done, 2 bad input (its message on stderr, no traceback), 128 + n stopped by signal n (130 Ctrl-C, 143 SIGTERM).
     Any other exception is a bug and passes through with its traceback (the interpreter then exits with 1).
     """
+    before = signal.signal(signal.SIGTERM, _stop)  # so that what is half written is cleared away
     try:
         main()
     except InputError as error:
@@ -35,4 +38,10 @@ def exit_code(main: Callable[[], None]) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    raise Interrupted(number, "stopped")

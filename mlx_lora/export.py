@@ -13,12 +13,13 @@ from mlx_lora.config import Model
 from mlx_lora.errors import InputError, exit_code
 from mlx_lora.gguf_layout import Dtype
 from mlx_lora.lora import Adapter
+from mlx_lora.model import Base
 
 FORMS = {
     "gguf": "LoRA file for llama.cpp",
     "peft": "adapter for PEFT, transformers and vLLM",
     "mlx": "adapter for mlx-lm, of one rank and alpha",
-    "merged": "whole model folder for mlx-lm and transformers",
+    "merged": "whole model folder for mlx-lm and, where it is dense, transformers",
     "merged-gguf": "whole model file for llama.cpp",
     "ollama": "whole model file and a Modelfile",
     "hub": "any of these, pushed to the Hugging Face hub",
@@ -42,74 +43,75 @@ def _main() -> None:
     form = _checked_form(options)
     source = Path(options.run)
     adapter = adapter_files.read(source)
-    adapter = replace(adapter, base=_base(options, source, adapter))
-    if options.to == "hub":
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "export"
-            folder.mkdir()
-            _write(form, folder, adapter, options)
-            _push(form, folder, adapter, options)
+    base = _base(options, source, adapter)
+    adapter = replace(adapter, base=base)
+    if options.to != "hub":
+        out = Path(options.out) if options.out else _beside(source, form)
+        with files.output_folder(out) as folder:
+            _write(form, folder, adapter, base, options)
+        for path in sorted(out.iterdir()):
+            print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
         return
-    out = Path(options.out or f"{source.resolve()}-{form}")
-    if out.exists():
-        raise InputError(f"{out}: is there already; choose another folder with --out")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with files.new_folder(out) as folder:
-            _write(form, folder, adapter, options)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error})") from None
-    for path in sorted(out.iterdir()):
-        print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "export"
+        with files.output_folder(folder) as unfinished:
+            _write(form, unfinished, hub.public(adapter), base, options)
+        _push(form, folder, adapter, options)
 
 
-def _write(form: str, folder: Path, adapter: Adapter, options: argparse.Namespace) -> None:
+def _write(form: str, folder: Path, adapter: Adapter, base: Model | None, options: argparse.Namespace) -> None:
     """Fills `folder` with the files of a form, and prints what there is to say about them."""
     dtype: Dtype = options.dtype or "f16"
     lines = []
     if form == "mlx":
+        if options.model or peft_form.leaves_head_out(Path(options.run), adapter):
+            _config(adapter, base, options)  # only the base tells whether it fits, and means the same
         folded = adapter.folded()
         mlx_form.save(folder, folded.arrays(), mlx_form.settings(folded), adapter.metadata)
     elif form == "peft":
-        lines = peft_form.write(folder, adapter, _config(adapter, options))
+        lines = peft_form.write(folder, adapter, _config(adapter, base, options))
     elif form == "gguf":
-        lines = gguf_form.write(folder / f"adapter-{dtype}.gguf", adapter, _config(adapter, options), dtype)
+        lines = gguf_form.write(folder / f"adapter-{dtype}.gguf", adapter, _config(adapter, base, options), dtype)
     elif form == "merged":
-        _write_merged(folder, adapter, options)
+        _write_merged(folder, adapter, base, options)
     else:
-        lines = _write_gguf(form, folder, adapter, dtype, options)
+        lines = _write_gguf(form, folder, adapter, base, dtype, options)
     for line in lines:
         print(line)
 
 
-def _write_merged(folder: Path, adapter: Adapter, options: argparse.Namespace) -> None:
+def _write_merged(folder: Path, adapter: Adapter, base: Model | None, options: argparse.Namespace) -> None:
     """Says what is left of the adapter before it writes, or refuses to."""
-    base = merging.load_base(_known(adapter.base))
-    adapter_files.check(base.model, adapter, options.run)
+    loaded = _loaded(_known(base), adapter, options)
     dtype = merging.DTYPES[options.dtype] if options.dtype else None
     max_loss = merging.MAX_LOSS if options.max_loss is None else options.max_loss
-    report = merging.measure(base, adapter, options.quantize or "keep", dtype, max_loss=max_loss)
+    report = merging.measure(loaded, adapter, options.quantize or "keep", dtype, max_loss=max_loss)
     for line in report.lines():
         print(line, flush=True)
     merging.write(folder, report, options.force)
     files.write_json(folder / "merge_report.json", report.as_json())
+    if any(report.merge.forms.values()):
+        print("quantized as MLX does it: for mlx-lm, not for transformers, which needs --quantize none")
 
 
-def _write_gguf(form: str, folder: Path, adapter: Adapter, dtype: Dtype, options: argparse.Namespace) -> list[str]:
+def _write_gguf(
+    form: str, folder: Path, adapter: Adapter, base: Model | None, dtype: Dtype, options: argparse.Namespace
+) -> list[str]:
     """A whole model file, for `ollama` with a Modelfile; base and adapter apart if asked for."""
-    chosen = _known(adapter.base)
-    source = Path(chosen.path) if Path(chosen.path).suffix == ".gguf" else None
+    chosen = _known(base)
+    source = model.gguf_file(chosen)
     # Of a GGUF file the file's own weights are taken, however training cast them.
-    base = merging.load_base(Model(path=chosen.path) if source else chosen)
-    adapter_files.check(base.model, adapter, options.run)
-    name, lines = f"model-{dtype}.gguf", []
+    loaded = _loaded(Model(path=chosen.path) if source else chosen, adapter, options)
     if options.with_adapter:
-        lines += gguf_form.write(folder / "adapter.gguf", adapter, _config(adapter, options))
+        name, apart = "base.gguf", "adapter.gguf"
+        lines = gguf_form.write(folder / apart, adapter, _config(adapter, base, options), dtype)
+        lines += [f"{name} is the base's file as it is"] if source else []
     else:
-        lora.attach_adapter(base.model, adapter)
-    lines += gguf_model.write(folder / name, base, source, dtype)
+        name, apart, lines = f"model-{dtype}.gguf", None, []
+        lora.attach_adapter(loaded.model, adapter)
+    lines += gguf_model.write(folder / name, loaded, source, dtype)
     if form == "ollama":
-        text, notes = ollama.modelfile(name, "adapter.gguf" if options.with_adapter else None, base.tokenizer)
+        text, notes = ollama.modelfile(name, apart, loaded.tokenizer)
         (folder / "Modelfile").write_text(text, encoding="utf-8")
         lines += notes
     return lines
@@ -128,11 +130,28 @@ def _push(form: str, folder: Path, adapter: Adapter, options: argparse.Namespace
     print(f"{hub.CARD}:\n\n{card}")
 
 
-def _config(adapter: Adapter, options: argparse.Namespace) -> dict[str, Any]:
+def _loaded(base: Model, adapter: Adapter, options: argparse.Namespace) -> Base:
+    """The base as it is stored, for an adapter that fits it."""
+    loaded = merging.load_base(base)
+    adapter_files.check(loaded.model, adapter, options.run)
+    if adapter.metadata.get("base_digest", loaded.identity["digest"]) != loaded.identity["digest"]:
+        print(f"note: the adapter was trained on another base than {base.path}, or this one has changed since")
+    return loaded
+
+
+def _config(adapter: Adapter, base: Model | None, options: argparse.Namespace) -> dict[str, Any]:
     """The base's config.json, after checking that the adapter fits the model that it describes; reads no weights."""
-    base = model.load(_known(adapter.base), weights=False)
-    adapter_files.check(base.model, adapter, options.run)
-    return base.config | {"tie_word_embeddings": "lm_head" not in dict(base.model.named_modules())}
+    structure = model.load(_known(base), weights=False)
+    adapter_files.check(structure.model, adapter, options.run)
+    return structure.config | {"tie_word_embeddings": "lm_head" not in dict(structure.model.named_modules())}
+
+
+def _beside(source: Path, form: str) -> Path:
+    """RUN-FORM, or RUN-STEP-FORM for a checkpoint."""
+    source = source.absolute()
+    in_run = source.parent.name == adapter_files.CHECKPOINTS
+    run = source.parent.parent if in_run else source
+    return run.with_name("-".join([run.name, *([source.name] if in_run else []), form]))
 
 
 def _base(options: argparse.Namespace, source: Path, adapter: Adapter) -> Model | None:
@@ -143,7 +162,8 @@ def _base(options: argparse.Namespace, source: Path, adapter: Adapter) -> Model 
 
 
 def _known(base: Model | None) -> Model:
-    assert base is not None
+    if base is None:
+        raise InputError("the adapter does not name its base, which is needed here; give it with --model")
     return base
 
 
@@ -157,6 +177,8 @@ def _checked_form(options: argparse.Namespace) -> str:
         raise InputError("--dtype q8_0 goes with GGUF files; with merged it is f16, bf16 or f32")
     if options.to == "hub" and not options.repo:
         raise InputError("--to hub needs --repo OWNER/NAME")
+    if options.to == "hub":
+        hub.check_name(options.repo)
     if options.to == "hub" and options.out:
         raise InputError("--out has no meaning with --to hub")
     if options.max_loss is not None and not 0 <= options.max_loss <= 1:

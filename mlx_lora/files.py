@@ -42,7 +42,7 @@ def sync(path: Path) -> None:
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; at the end it takes the name, replacing what was there."""
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = _temporary(path)
     try:
         yield temporary
         sync(temporary)
@@ -53,12 +53,12 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """A temporary folder beside `path` to fill; at the end it takes the name.
 
-    A folder of that name is removed first: it is the same checkpoint of an earlier try.
+    With `replace` a folder of that name is removed first; else it stays, and OSError is raised.
     """
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = _temporary(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -66,7 +66,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         for file in temporary.iterdir():
             sync(file)
         sync(temporary)
-        if path.exists():
+        if replace and path.exists():
             remove_folder(path)
         temporary.rename(path)
         sync(path.parent)
@@ -74,11 +74,29 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def output_folder(path: Path) -> Iterator[Path]:
+    """`new_folder` for a path that a person gave. Raises InputError where it is taken or cannot be written."""
+    try:
+        if path.exists():
+            raise InputError(f"{path}: is there already; choose another folder with --out")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_folder(path) as temporary:
+            yield temporary
+    except (InputError, OSError, RuntimeError) as error:  # MLX raises RuntimeError
+        reason = str(error).replace(str(_temporary(path)), str(path))
+        raise InputError(reason if isinstance(error, InputError) else f"{path}: cannot be written ({reason})") from None
+
+
 def remove_folder(path: Path) -> None:
     """Removes a folder so that no half of it can be taken for the whole."""
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-removed-{path.name}")
     path.rename(temporary)
     shutil.rmtree(temporary)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
 
 
 def clear_temporaries(folder: Path) -> None:

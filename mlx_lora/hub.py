@@ -1,12 +1,14 @@
 """What goes to the Hugging Face hub: a model card made from the run, and the upload."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from mlx_lora import __version__, config_file, metrics
-from mlx_lora.config import Config
+from mlx_lora import __version__, config_file, metrics, model
+from mlx_lora.config import Config, Model
 from mlx_lora.errors import InputError
 from mlx_lora.lora import Adapter
 
@@ -32,14 +34,15 @@ def card(repo: str, form: str, folder: Path, adapter: Adapter, run: Path | None)
     Paths of this machine are left out: local files and folders are named by their last part.
     """
     path = adapter.base.path if adapter.base else "an unnamed base"
-    local = adapter.base is None or Path(path).exists() or Path(path).suffix == ".gguf"
-    name = Path(path).name if local else path
+    local = adapter.base is None or model.is_local(path)
+    name = _public_name(path)
     head = huggingface_hub.ModelCardData(
         library_name=LIBRARIES.get(form, "gguf"),
         pipeline_tag="text-generation",
         tags=["lora", "mlx-lora"],
         base_model=None if local else path,
     )
+    apart = form in ADAPTERS or (folder / "adapter.gguf").exists()
     ranks = sorted({pair.rank for pair in adapter.pairs.values()})
     scales = sorted({pair.scale for pair in adapter.pairs.values()})
     kinds = sorted({path.rsplit(".", 1)[-1] for path in adapter.pairs})
@@ -47,7 +50,7 @@ def card(repo: str, form: str, folder: Path, adapter: Adapter, run: Path | None)
         f"---\n{head.to_yaml()}\n---\n",
         f"# {repo.rsplit('/', 1)[-1]}\n",
         f"A LoRA fine-tune of {_link(name, local)}, made with mlx_lora {__version__}"
-        f"{'' if form in ADAPTERS else ', merged into its weights'}.\n",
+        f"{'' if apart else ', merged into its weights'}.\n",
         "## Use\n",
         f"```{'python' if form == 'peft' else 'bash'}\n{_use(repo, form, name, folder)}\n```\n",
         "## Adapter\n",
@@ -62,9 +65,31 @@ def card(repo: str, form: str, folder: Path, adapter: Adapter, run: Path | None)
     ]
     if run is not None:
         config = config_file.load(run)
-        parts += ["## Training\n", _table(_facts(run) | _training(config)), *_losses(run.parent / metrics.FILE)]
+        parts += ["## Training\n", _table(_facts(run) | _training(config))]
+        parts += _losses(run.parent / metrics.FILE, adapter)
         parts += [_table(config.notes)] if config.notes else []
     return "\n".join(parts)
+
+
+def public(adapter: Adapter) -> Adapter:
+    """The adapter without paths of this machine: of a local base its last part, of the metadata what tells none."""
+    base = adapter.base and Model(path=_public_name(adapter.base.path), revision=adapter.base.revision)
+    private = ("base_name", "combined_from")
+    return replace(adapter, base=base, metadata={k: v for k, v in adapter.metadata.items() if k not in private})
+
+
+def _public_name(path: str) -> str:
+    return (Path(path).resolve().name or "base") if model.is_local(path) else path
+
+
+def check_name(repo: str) -> None:
+    """Raises InputError for what is no name of a repository."""
+    try:
+        validate_repo_id(repo)
+    except ValueError as error:
+        raise InputError(f"--repo: {error}") from None
+    if "/" not in repo:
+        raise InputError(f"--repo: {repo} is not OWNER/NAME")
 
 
 def push(repo: str, folder: Path, private: bool) -> str:
@@ -72,6 +97,8 @@ def push(repo: str, folder: Path, private: bool) -> str:
     api = huggingface_hub.HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
+        if private and not api.repo_info(repo).private:
+            raise InputError("it is there already and public; make it private first, or choose another name")
         commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload from mlx_lora")
     except Exception as error:  # the HTTP library beneath, which differs between versions, raises its own
         reason = " ".join(str(error).split())
@@ -95,7 +122,7 @@ def _training(config: Config) -> dict[str, str]:
     accumulation = options.gradient_accumulation_steps
     quantized = f", quantized to {config.model.quantize.bits} bits" if config.model.quantize else ""
     return {
-        "base in training": f"{config.model.dtype}{quantized}",
+        "base in training": ("as stored" if config.model.dtype == "auto" else config.model.dtype) + quantized,
         "data": f"{Path(data.train).name}, rows of at most {data.max_seq_length} tokens, loss on {data.loss_on}",
         "rows in an update": f"{options.batch_size * accumulation}",
         "optimizer": f"{options.optimizer.name}, {options.schedule.name} from {options.learning_rate:g}",
@@ -103,22 +130,25 @@ def _training(config: Config) -> dict[str, str]:
     }
 
 
-def _losses(path: Path) -> list[str]:
-    """The first, best and last validation loss in the run's log; the training loss where there is none."""
-    events = [event for _, event in metrics.events(path)]
-    kind = "eval" if any(event["event"] == "eval" for event in events) else "train"
-    losses = [event for event in events if event["event"] == kind and event.get("loss") is not None]
-    if not losses:
+def _losses(path: Path, adapter: Adapter) -> list[str]:
+    """The run's first loss and that of the adapter's own step: on the validation rows, or else in training."""
+    own = adapter.metadata
+    kind, name, loss = "eval", "Validation", own.get("valid_loss", "None")
+    if loss == "None":
+        kind, name, loss = "train", "Training", own.get("loss", "None")
+    losses = [event for _, event in metrics.events(path) if event["event"] == kind and event.get("loss") is not None]
+    if not losses or loss == "None":
         return []
-    named = {"first": losses[0], "best": min(losses, key=lambda event: event["loss"]), "last": losses[-1]}
-    rows = {f"{name}, step {event['step']}": f"{event['loss']:.4f}" for name, event in named.items()}
-    title = "Validation" if kind == "eval" else "Training"
-    return [f"{title} loss (nats per supervised token):\n", _table(rows)]
+    rows = {
+        f"step {losses[0]['step']}": f"{losses[0]['loss']:.4f}",
+        f"this adapter, step {own['step']}": f"{float(loss):.4f}",
+    }
+    return [f"{name} loss (nats per supervised token):\n", _table(rows)]
 
 
 def _table(rows: dict[str, str]) -> str:
-    clean = {key: value.replace("|", "\\|").replace("\n", " ") for key, value in rows.items()}
-    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in clean.items())]) + "\n"
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in cells)]) + "\n"
 
 
 def _listed(values: list[Any]) -> str:

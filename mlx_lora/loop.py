@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_lora import checkpoint, files, generation, lora, metrics
+from mlx_lora import adapter_files, checkpoint, files, generation, lora, metrics
 from mlx_lora.adapter_files import mlx_form
 from mlx_lora.batches import Batch, Batches
 from mlx_lora.checkpoint import Progress
@@ -129,7 +129,7 @@ class Run:
             if last and self.valid_batches is not None and self.best is None:
                 raise InputError(
                     "the validation loss was never finite, so there is no best adapter: lower train.learning_rate or "
-                    f"lora.alpha; the last one is in {self.folder / checkpoint.FOLDER}"
+                    f"lora.alpha; the last one is in {self.folder / adapter_files.CHECKPOINTS}"
                 )
             if last:
                 return
@@ -197,7 +197,7 @@ class Run:
             self._save(state, progress, rate)
             raise InputError(
                 f"{in_a_row} updates in a row were not finite: lower train.learning_rate, or set model.dtype to "
-                f"bfloat16 or float32; the last good adapter is in {self.folder / checkpoint.FOLDER}"
+                f"bfloat16 or float32; the last good adapter is in {self.folder / adapter_files.CHECKPOINTS}"
             )
 
     def _evaluate(self, adapter: dict[str, mx.array], progress: Progress, rate: float) -> None:

@@ -96,11 +96,11 @@ def resolve(options: Model, weights: bool = True) -> Path:
         path.exists()
     except OSError as error:
         raise InputError(f"model: {options.path} cannot be used ({error.strerror})") from None
-    local = path.exists() or path.suffix == ".gguf" or options.path.startswith((".", "/", "~"))
+    local = is_local(options.path)
     if local and options.revision is not None:
         raise InputError(f"model.revision: {options.path} is local and has no revisions; remove it")
-    if path.suffix == ".gguf" or path.is_file():
-        return gguf_base.convert(path, weights=weights)
+    if file := gguf_file(options):
+        return gguf_base.convert(file, weights=weights)
     if local:
         if not (path / "config.json").is_file():
             raise InputError(f"model: {options.path} is no model folder (it has no config.json)")
@@ -117,6 +117,17 @@ def resolve(options: Model, weights: bool = True) -> Path:
         raise InputError(
             f"model: {options.path} is neither a local path nor available on the hub: {_words(error)}"
         ) from None
+
+
+def is_local(path: str) -> bool:
+    """Whether a model's path means a file or folder of this machine, there or not, and no hub id."""
+    return path.startswith((".", "/", "~")) or path.endswith(".gguf") or path.count("/") > 1 or Path(path).exists()
+
+
+def gguf_file(options: Model) -> Path | None:
+    """The GGUF file that a base is made from, if it is."""
+    path = Path(options.path)
+    return path if path.suffix == ".gguf" or path.is_file() else None
 
 
 def device() -> str:
@@ -175,7 +186,9 @@ def _changes(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     known = inspect.signature(_arguments_type(config, folder)).parameters
     if "tie_word_embeddings" not in config and config["model_type"] in {known.model_type for known in ARCHITECTURES}:
-        changes["tie_word_embeddings"] = False  # transformers' default; mlx-lm's llama and qwen2 would drop lm_head
+        # transformers' default is untied; mlx-lm's llama and qwen2 would drop lm_head without a word
+        stored = [name for file in folder.glob("model*.safetensors") for name in mx.load(str(file))]
+        changes["tie_word_embeddings"] = bool(stored) and "lm_head.weight" not in stored
     if "num_experts" in known and "num_experts" not in config and "num_local_experts" in config:
         changes["num_experts"] = config["num_local_experts"]
     # Where both stand, transformers takes rope_scaling.
@@ -187,6 +200,9 @@ def _changes(config: dict[str, Any], folder: Path) -> dict[str, Any]:
             raise InputError(f"model: {folder / 'config.json'}: rope settings per kind of layer are not supported")
         return changes
     rope = {name: value for name, value in rope.items() if value is not None}
+    theta = rope.get("rope_theta", config.get("rope_theta", 1.0))
+    if not isinstance(theta, (int, float)) or isinstance(theta, bool):
+        raise InputError(f"model: {folder / 'config.json'}: rope_theta is {theta!r}, not a number")
     if "rope_theta" in rope:
         changes["rope_theta"] = rope.pop("rope_theta")
     if "partial_rotary_factor" in known and "partial_rotary_factor" in rope:

@@ -1,6 +1,7 @@
 """python -m mlx_lora.train --config my.yaml: fine-tune a model."""
 
 import argparse
+import math
 import sys
 from collections import Counter
 from importlib.metadata import version
@@ -30,7 +31,7 @@ def finetune(
     folder = Path(config.output_dir)
     start = _start(folder, resume, log)
     base, train, valid = _load(config, log)
-    paths = _attach(config, base)
+    paths = _attach(config, base, config.lora.start_from if start is None else None)
     contract = _contract(config, base, train, valid)
     if start is not None:
         progress, then = checkpoint.read_progress(start)
@@ -57,7 +58,7 @@ def plan(config: Config, log: metrics.Log) -> None:
     """Prints what a run would do; loads no weights."""
     log.say(config_file.dump(config))
     base, train, _ = _load(config, log, weights=False)
-    paths = _attach(config, base)
+    paths = _attach(config, base, config.lora.start_from)
     adapted = lora.layers(base.model)
     kinds = Counter((path.rsplit(".", 1)[-1], _shape(adapted[path]), _size(adapted[path])) for path in paths)
     log.say("adapted modules:")
@@ -125,18 +126,18 @@ def _load(config: Config, log: metrics.Log, weights: bool = True) -> tuple[Base,
     return base, train, valid
 
 
-def _attach(config: Config, base: Base) -> list[str]:
-    """Attaches the adapter to train, new or that of `lora.start_from`; returns the adapted paths."""
+def _attach(config: Config, base: Base, start_from: str | None) -> list[str]:
+    """Attaches the adapter to train, new or that in `start_from`; returns the adapted paths."""
     paths = lora.attach(base.model, config.lora, config.train.seed)
-    if config.lora.start_from is None:
+    if start_from is None:
         return paths
-    source = f"lora.start_from: {config.lora.start_from}"
-    adapter = adapter_files.read(config.lora.start_from)
+    source = f"lora.start_from: {start_from}"
+    adapter = adapter_files.read(start_from)
     if adapter.uniform is None:
         raise InputError(f"{source} has several ranks or alphas: make them one with mlx_lora.export --to mlx")
     rank, alpha = adapter.uniform
-    if (rank, alpha) != (config.lora.rank, config.lora.alpha):
-        raise InputError(f"{source} has other settings: set lora.rank to {rank} and lora.alpha to {alpha:g}")
+    if rank != config.lora.rank or not math.isclose(alpha, config.lora.alpha, rel_tol=1e-6):
+        raise InputError(f"{source} has other settings: set lora.rank to {rank} and lora.alpha to {alpha:.9g}")
     if differing := sorted(set(paths) ^ set(adapter.pairs)):
         side = "adapts" if differing[0] in adapter.pairs else "does not adapt"
         names = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in adapter.pairs}))
@@ -145,7 +146,7 @@ def _attach(config: Config, base: Base) -> list[str]:
             f"{source} {side} {differing[0]} (in all {len(differing)} modules differ): set lora.target_modules to "
             f"[{names}] and lora.layers to {blocks or 'all'}, or to what of these it adapts"
         )
-    adapter_files.check(base.model, adapter, config.lora.start_from)
+    adapter_files.check(base.model, adapter, start_from)
     lora.set_parameters(base.model, adapter.arrays())
     return paths
 
@@ -170,8 +171,8 @@ def _write_config(folder: Path, config: Config, base: Base, train: Dataset, vali
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files.clear_temporaries(folder)
-        (folder / checkpoint.FOLDER).mkdir(exist_ok=True)
-        files.clear_temporaries(folder / checkpoint.FOLDER)
+        (folder / adapter_files.CHECKPOINTS).mkdir(exist_ok=True)
+        files.clear_temporaries(folder / adapter_files.CHECKPOINTS)
         facts = {
             "versions": f"mlx-lora {__version__}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}",
             "base": ", ".join(f"{name} {value}" for name, value in base.identity.items()),

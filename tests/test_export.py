@@ -2,6 +2,8 @@
 
 import json
 import re
+import resource
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +14,9 @@ import yaml
 from gguf_files import as_float32
 from llama_cpp import LlamaCpp
 
-from mlx_lora import adapter_files, config, config_file, data, finetune, generation, lora, model
-from mlx_lora.adapter_files import peft_form
+from mlx_lora import adapter_files, config, config_file, data, files, finetune, generation, hub, lora, model
+from mlx_lora.adapter_files import mlx_form, peft_form
+from mlx_lora.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 
@@ -104,9 +107,9 @@ def test_a_gguf_adapter_and_its_merged_model_agree_in_llama_cpp(run, run_command
         assert ended.returncode == 0, ended.stderr
     tokens = [1, 90, 198, 83, 35, 253, 56]
     expected = logits(tiny_model, run)[0]
-    apart = LlamaCpp(tmp_path / "ollama" / "model-f32.gguf", [(tmp_path / "gguf" / "adapter-f32.gguf", 1.0)])
+    apart = LlamaCpp(tmp_path / "ollama" / "base.gguf", [(tmp_path / "gguf" / "adapter-f32.gguf", 1.0)])
     merged = LlamaCpp(tmp_path / "merged-gguf" / "model-f32.gguf")
-    base = LlamaCpp(tmp_path / "ollama" / "model-f32.gguf")
+    base = LlamaCpp(tmp_path / "ollama" / "base.gguf")
     assert np.abs(apart.logits(tokens) - expected).max() < 1e-4
     assert np.abs(merged.logits(tokens) - expected).max() < 1e-4
     assert np.abs(base.logits(tokens) - expected).max() > 0.01
@@ -122,12 +125,82 @@ def test_the_model_card_tells_the_run_and_nothing_of_this_machine(run, run_comma
     head = yaml.safe_load(card.split("---")[1])
     assert (head["library_name"], "lora" in head["tags"]) == ("peft", True)
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    losses = [event["loss"] for event in events if event["event"] == "eval"]
-    assert [f"{loss:.4f}" in card for loss in (losses[0], min(losses), losses[-1])] == [True] * 3
+    losses = {event["step"]: event["loss"] for event in events if event["event"] == "eval"}
+    best = min(losses, key=losses.get)
+    assert f"| step 0 | {losses[0]:.4f} |" in card
+    assert f"| this adapter, step {best} | {losses[best]:.4f} |" in card
     for fact in ("| rank | 4 |", "| scale (alpha / rank) | 2 |", "my rows.jsonl", "numbers \\| tests", "me/numbers"):
         assert fact in card
     assert str(run.parent) not in card
     assert re.search(r"\| train rows \| \d+, sha256 [0-9a-f]{64} \|", card)
+
+
+def test_what_is_pushed_names_no_folder_of_this_machine(run, tiny_model, tmp_path):
+    adapter = adapter_files.read(run)
+    adapter = hub.public(replace(adapter, base=adapter_files.base_of(run)))
+    mlx_form.save(tmp_path, adapter.arrays(), mlx_form.settings(adapter), adapter.metadata)
+    (tmp_path / "peft").mkdir()
+    peft_form.write(tmp_path / "peft", adapter, json.loads((tiny_model / "config.json").read_text()))
+    pushed = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b'"model": "model"' in pushed
+    assert str(run.parent).encode() not in pushed
+    assert str(tiny_model.parent).encode() not in pushed
+
+
+@pytest.mark.parametrize("path", ["/gone/secret/llama", "./here", "runs/deep/llama", "x.gguf", "~/llama"])
+def test_a_base_that_is_not_there_now_is_no_hub_id(run, tmp_path, path):
+    adapter = replace(adapter_files.read(run), base=config.Model(path=path))
+    card = hub.card("me/it", "mlx", tmp_path, adapter, None)
+    assert "huggingface.co" not in card
+    assert "secret" not in card
+
+
+@pytest.mark.parametrize("form", ["mlx", "peft", "gguf", "merged-gguf", "merged"])
+def test_a_full_disk_is_one_message_and_leaves_nothing(run, run_command, tmp_path, form):
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+    ended = run_command("export", run, "--to", form, "--out", tmp_path / "out", preexec_fn=small_files)
+    assert ended.returncode == 2
+    assert f"error: {tmp_path / 'out'}" in ended.stderr
+    assert "cannot be written" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_appears_meanwhile_stays(tmp_path):
+    def export() -> None:
+        with files.output_folder(tmp_path / "out") as folder:
+            (folder / "mine").write_text("mine")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "theirs").write_text("theirs")
+
+    with pytest.raises(InputError, match="cannot be written"):
+        export()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]
+
+
+def test_a_foreign_config_two_folders_up_is_not_the_runs(run, tmp_path):
+    folder = tmp_path / "adapters" / "mine"
+    folder.mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text("model: elsewhere\n")
+    for name in ("adapters.safetensors", "adapter_config.json"):
+        (folder / name).write_bytes((run / name).read_bytes())
+    assert adapter_files.base_of(folder) == adapter_files.base_of(run)
+
+
+def test_a_peft_embedding_without_its_tied_head_has_no_form_here(run_command, tiny_model, tmp_path):
+    import peft
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    options = peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of the tied weights
+        peft.get_peft_model(base, options).save_pretrained(tmp_path / "peft")
+    for form in ("mlx", "gguf"):
+        ended = run_command("export", tmp_path / "peft", "--to", form, "--out", tmp_path / form)
+        assert (ended.returncode, "ensure_weight_tying is not set" in ended.stderr) == (2, True)
 
 
 def test_an_upload_that_fails_says_so(run, run_command, monkeypatch):
@@ -149,6 +222,8 @@ def test_an_upload_that_fails_says_so(run, run_command, monkeypatch):
         (["--to", "gguf", "--quantize", "4"], "--quantize goes with --to merged, not gguf"),
         (["--to", "gguf", "--repo", "me/it"], "--repo goes with --to hub"),
         (["--to", "hub"], "--to hub needs --repo"),
+        (["--to", "hub", "--repo", "no name!"], "--repo"),
+        (["--to", "hub", "--repo", "name"], "name is not OWNER/NAME"),
         (["--to", "hub", "--repo", "me/it", "--out", "x"], "--out has no meaning"),
         (["--to", "gguf", "--revision", "main"], "--revision goes with --model"),
         (["--to", "merged", "--quantize", "7"], "7 is not keep, none, 2, 3, 4, 5, 6, 8"),

@@ -489,7 +489,7 @@ ZEROS = np.zeros((4, 32), np.float32)
         ({"rank_pattern": ["q_proj"]}, None, r"config\.json: rank_pattern is not a mapping"),
         ({"rank_pattern": {"q{99999999999999999999}": 1}}, None, r"config\.json: rank_pattern is not a mapping"),
         ({"target_parameters": 3}, None, r"config\.json: target_parameters is 3, not a list of names"),
-        ({"base_model_name_or_path": 3}, None, r"config\.json: base_model_name_or_path 3 or revision None is no name"),
+        ({"base_model_name_or_path": 3}, None, r"config\.json: the base's name 3 or revision None is no name"),
         ({}, {f"{Q}.lora_magnitude_vector": ZEROS[0]}, r"safetensors: \S+q_proj.lora_magnitude_vector is no lora_A"),
         ({}, {f"{Q}.lora_B.bias": ZEROS[0]}, r"safetensors: \S+q_proj.lora_B.bias is no lora_A"),
         ({}, {"base_model.model.lm_head.weight": ZEROS}, r"safetensors: \S+lm_head.weight is no lora_A"),

@@ -468,6 +468,22 @@ def test_training_goes_on_from_an_adapter(options, tmp_path):
     assert result.best_loss < losses[0][-1]
 
 
+def test_a_start_of_any_alpha_is_the_alpha_that_it_was_saved_with(options, tmp_path):
+    odd = ["lora.rank=49", "lora.alpha=1.0", "train.max_steps=1"]
+    finetune(options, odd)
+    finetune(options, [*odd, f"lora.start_from={tmp_path / 'run'}", f"output_dir={tmp_path / 'more'}"])
+    assert adapter_files.read(tmp_path / "more").uniform == (49, 1.0)
+
+
+def test_a_resumed_run_needs_its_start_no_more(options, tmp_path):
+    finetune(options, ["train.max_steps=1", f"output_dir={tmp_path / 'first'}"])
+    more = [f"lora.start_from={tmp_path / 'first'}"]
+    finetune(options, more)
+    shutil.rmtree(checkpoint.complete(tmp_path / "run")[-1])
+    shutil.rmtree(tmp_path / "first")
+    assert finetune(options, more, resume=True).steps == 8
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

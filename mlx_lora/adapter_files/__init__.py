@@ -12,6 +12,7 @@ from mlx_lora.errors import InputError
 from mlx_lora.lora import Adapter
 
 RUN_CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"  # a run's folder of them
 
 
 def read(folder: str | Path) -> Adapter:
@@ -56,5 +57,5 @@ def base_of(folder: str | Path) -> Model:
 
 def run_config(folder: Path) -> Path:
     """The config of the run that an adapter's folder is, or is a checkpoint of."""
-    in_run = folder.resolve().parent.parent / RUN_CONFIG
-    return in_run if in_run.is_file() and not (folder / RUN_CONFIG).is_file() else folder / RUN_CONFIG
+    parent = folder.resolve().parent
+    return (parent.parent if parent.name == CHECKPOINTS else folder) / RUN_CONFIG

@@ -1,13 +1,13 @@
 """mlx-lm's form of an adapter: adapters.safetensors and adapter_config.json, as runs and checkpoints hold them."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_lora import files, lora
-from mlx_lora.adapter_files.reading import arrays_of, finite_number, positive_whole, settings_of
-from mlx_lora.config import Model
+from mlx_lora.adapter_files.reading import arrays_of, base_named, finite_number, positive_whole, settings_of
 from mlx_lora.errors import InputError
 from mlx_lora.lora import Adapter
 
@@ -60,17 +60,19 @@ def read(folder: Path) -> Adapter:
     rank = positive_whole(path, "rank", options.get("rank"))
     scale = finite_number(path, "scale", options.get("scale"))
     dropout = finite_number(path, "dropout", options.get("dropout", 0.0), 0, 1)
-    name = config.get("model")
+    alpha = options.get("alpha")  # ours; scale alone would lose its last digits
+    if not isinstance(alpha, (int, float)) or not math.isclose(alpha, scale * rank, rel_tol=1e-6):
+        alpha = scale * rank
     arrays, metadata = arrays_of(folder / WEIGHTS)
     try:
-        pairs = lora.pairs_of(arrays, scale * rank)
+        pairs = lora.pairs_of(arrays, float(alpha))
         lora.check_finite(pairs.items())
     except InputError as error:
         raise InputError(f"{folder / WEIGHTS}: {error}") from None
     for module, pair in pairs.items():
         if pair.rank != rank:
             raise InputError(f"{folder / WEIGHTS}: {module} has rank {pair.rank}, {SETTINGS} says {rank}")
-    return Adapter(pairs, dropout, Model(path=name) if isinstance(name, str) and name else None, metadata)
+    return Adapter(pairs, dropout, base_named(path, config.get("model")), metadata)
 
 
 def _layers_and_keys(paths: list[str], blocks: int | None) -> tuple[int, list[str]]:

@@ -20,8 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_lora import files, lora
-from mlx_lora.adapter_files.reading import arrays_of, finite_number, positive_whole, settings_of
-from mlx_lora.config import Model
+from mlx_lora.adapter_files.reading import arrays_of, base_named, finite_number, positive_whole, settings_of
 from mlx_lora.errors import InputError
 from mlx_lora.gguf_layout import ARCHITECTURES
 from mlx_lora.lora import Adapter, Pair
@@ -84,18 +83,28 @@ def read(folder: Path) -> Adapter:
         raise InputError(f"{path}: {error}") from None
     if config.get("ensure_weight_tying") and {EMBEDDING, HEAD} <= pairs.keys() and _tied(pairs[EMBEDDING], pairs[HEAD]):
         del pairs[HEAD]  # with tied weights, an adapted embedding is adapted as the output head too
-    return Adapter(pairs, dropout, _base(folder / SETTINGS, config), metadata)
+    return Adapter(
+        pairs,
+        dropout,
+        base_named(folder / SETTINGS, config.get("base_model_name_or_path"), config.get("revision")),
+        metadata,
+    )
 
 
 def check_tying(folder: Path, adapter: Adapter, tied: bool) -> None:
-    """Raises InputError where the base's weights are `tied` and the adapter in `folder` is PEFT's of the embedding but
-    not of the output head: mlx-lm's has one module for both. Nothing in the adapter itself tells."""
-    config = settings_of(folder / SETTINGS)
-    if tied and EMBEDDING in adapter.pairs and "peft_type" in config and not config.get("ensure_weight_tying"):
+    """Raises InputError where the base's weights are `tied` and `leaves_head_out`."""
+    if tied and leaves_head_out(folder, adapter):
         raise InputError(
             f"{folder / SETTINGS}: ensure_weight_tying is not set: {EMBEDDING} is adapted without the output head that "
             f"has the same weight, which is not supported; {MERGE}"
         )
+
+
+def leaves_head_out(folder: Path, adapter: Adapter) -> bool:
+    """Whether the adapter in `folder` is PEFT's and, on a base with tied weights, adapts the embedding but not the
+    output head: mlx-lm's models have one module for both. Nothing in the adapter itself tells."""
+    config = settings_of(folder / SETTINGS)
+    return EMBEDDING in adapter.pairs and "peft_type" in config and not config.get("ensure_weight_tying")
 
 
 def write(folder: Path, adapter: Adapter, config: dict[str, Any]) -> list[str]:
@@ -152,14 +161,6 @@ def _check_settings(path: Path, config: dict[str, Any]) -> None:
         if str(start).startswith(CONVERTIBLE_STARTS):
             advice = "save it again with path_initial_model_for_weight_conversion, which makes a plain LoRA adapter"
         raise InputError(f"{path}: init_lora_weights is {start}, which changes the base's weights; {advice}")
-
-
-def _base(path: Path, config: dict[str, Any]) -> Model | None:
-    name, revision = config.get("base_model_name_or_path"), config.get("revision")
-    try:
-        return Model(path=name, revision=revision or None) if name else None
-    except ValueError:
-        raise InputError(f"{path}: base_model_name_or_path {name!r} or revision {revision!r} is no name") from None
 
 
 def _factors(path: Path, arrays: dict[str, mx.array]) -> dict[str, Factors]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_lora.config import Model
 from mlx_lora.errors import InputError
 
 
@@ -46,6 +47,14 @@ def fitting_arrays(path: Path, places: dict[str, mx.array]) -> dict[str, mx.arra
         if arrays[name].shape != place.shape:
             raise InputError(f"{path}: {name} has shape {arrays[name].shape}, this model needs {place.shape}")
     return {name: arrays[name].astype(place.dtype) for name, place in places.items()}
+
+
+def base_named(path: Path, name: Any, revision: Any = None) -> Model | None:
+    """The base that a settings file names."""
+    try:
+        return Model(path=name, revision=revision or None) if name else None
+    except ValueError:
+        raise InputError(f"{path}: the base's name {name!r} or revision {revision!r} is no name") from None
 
 
 def positive_whole(path: Path, key: str, value: Any) -> int:
