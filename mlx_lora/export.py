@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from mlx_lora import adapter_files, files, gguf_model, hub, lora, merging, model, ollama
+from mlx_lora import adapter_files, files, gguf_model, hub, lora, merged_folder, merging, model, ollama
 from mlx_lora.adapter_files import gguf_form, mlx_form, peft_form
 from mlx_lora.config import Model
 from mlx_lora.errors import InputError, exit_code
@@ -88,7 +88,7 @@ def _write_merged(folder: Path, adapter: Adapter, base: Model | None, options: a
     report = merging.measure(loaded, adapter, options.quantize or "keep", dtype, max_loss=max_loss)
     for line in report.lines():
         print(line, flush=True)
-    merging.write(folder, report, options.force)
+    merged_folder.write(folder, report, options.force)
     files.write_json(folder / "merge_report.json", report.as_json())
     if any(report.merge.forms.values()):
         print("quantized as MLX does it: for mlx-lm, not for transformers, which needs --quantize none")

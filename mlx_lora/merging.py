@@ -14,15 +14,12 @@ the price of the type and not of the merge, it lowers the cosine, and the logits
 """
 
 import copy
-import json
 import re
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod, sqrt
-from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -30,7 +27,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_lora import files, lora, model
+from mlx_lora import lora, model
 from mlx_lora.config import Model
 from mlx_lora.errors import InputError
 from mlx_lora.lora import Adapter, Pair
@@ -43,7 +40,6 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 BITS = (2, 3, 4, 5, 6, 8)
 DTYPES: dict[str, Dtype] = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 MAX_LOSS = 0.1
-SHARD_BYTES = 5 << 30
 PROMPTS = (
     "The capital of France is Paris, and the river that runs through it is called the Seine.",
     "Q: If a train leaves at 9:40 and arrives at 11:15, how long does the journey take?\nA:",
@@ -51,10 +47,6 @@ PROMPTS = (
     "Dear customer, thank you for your message. We are sorry that your parcel has not arrived yet.",
     "Wasser kocht auf Meereshöhe bei hundert Grad, auf hohen Bergen schon bei deutlich weniger.",
 )
-# Entries of config.json that mlx-lm reads, while transformers 5 writes others or none; `model.load` puts them right.
-MLX_ENTRIES = ("num_experts", "partial_rotary_factor", "rope_scaling", "rope_theta", "tie_word_embeddings")
-# Small files of the base that describe its weights, or an adapter, and would be wrong beside the merged ones.
-NOT_COPIED = ("config.json", "*.index.json", "hf_quant_config.json", "quantize_config.json", "adapter*.json")
 
 
 def load_base(options: Model) -> Base:
@@ -178,19 +170,24 @@ class Merge:
             float(np.array((x * y).sum(axis=-1)).sum(dtype=np.float64)) for x, y in pairs
         )
         if not mx.isfinite(applied).all().item():
-            name = _name(self.type(path))
+            name = type_name(self.type(path))
             raise InputError(f"{path}: base + adapter is no finite {name}; merge with dtype bfloat16 or float32")
         return Survival(path, product, applied_square, intended_square)
 
     def survivals(self) -> list[Survival]:
         return [self.survival(path) for path in self.adapter.pairs]
 
+    @property
+    def keeps_forms(self) -> bool:
+        """Whether every layer keeps the form that the base has it in."""
+        return all(form == _form(self.modules[path]) for path, form in self.forms.items())
+
     def words(self) -> str:
         """The form of most of the weights, for people."""
         forms = Counter({_words(form): 0 for form in self.forms.values()})
         for path, form in self.forms.items():
             forms[_words(form)] += prod(lora.weight_shape(self.modules[path]))
-        return forms.most_common(1)[0][0] or _name(self.type(next(iter(self.adapter.pairs))))
+        return forms.most_common(1)[0][0] or type_name(self.type(next(iter(self.adapter.pairs))))
 
 
 @dataclass(frozen=True)
@@ -280,23 +277,6 @@ def measure(
     return replace(report, better=_better(merge, max_loss)) if report.refused else report
 
 
-def write(folder: Path, report: Report, force: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes the merged model that `report` measured: weights, config.json, and the base's tokenizer and settings.
-
-    The folder is whole or absent. Raises InputError where the merge is refused (and not forced), or the folder is
-    there already, or cannot be written.
-    """
-    if report.refused and not force:
-        raise InputError(report.refusal())
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"{folder}: is there already; choose another folder")
-        with files.new_folder(folder) as temporary:
-            _fill(temporary, report.merge, shard_bytes)
-    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError
-        raise InputError(f"{folder}: cannot be written ({error})") from None
-
-
 def plan(
     base: Base, adapter: Adapter, quantize: Literal["keep", "none"] | int = "keep", dtype: Dtype | None = None
 ) -> Merge:
@@ -357,7 +337,7 @@ def _words(form: Form) -> str:
     return f"{form['bits']} bits in groups of {form['group_size']}{mode}"
 
 
-def _name(dtype: mx.Dtype) -> str:
+def type_name(dtype: mx.Dtype) -> str:
     return str(dtype).rpartition(".")[2]
 
 
@@ -483,120 +463,3 @@ def _kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     logits = logits - logits.max(axis=-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-
-
-# ---- the folder ------------------------------------------------------------------------------------------------------
-
-
-def _fill(folder: Path, merge: Merge, shard_bytes: int) -> None:
-    parameters = merge.parameters()
-    dense = not any(name.endswith(".scales") for name in parameters)
-    weights = _per_expert(merge, _stored_names(merge, parameters)) if dense else parameters
-    files.write_json(folder / "config.json", _config(merge, weights, dense))
-    for pattern in model.SMALL_FILES:
-        for file in merge.base.folder.glob(pattern):
-            if not any(file.match(other) for other in NOT_COPIED):
-                shutil.copyfile(file, folder / file.name)
-    del parameters
-    _save(folder, weights, "pt" if dense else "mlx", shard_bytes)
-
-
-def _config(merge: Merge, weights: dict[str, mx.array], dense: bool) -> dict[str, Any]:
-    """The base's config.json with what has changed, and with the entries that mlx-lm would miss."""
-    known = merge.base.config
-    config = json.loads((merge.base.folder / "config.json").read_text(encoding="utf-8"))
-    config |= {key: known[key] for key in MLX_ENTRIES if key in known}
-    for key in ("quantization", "quantization_config"):
-        config.pop(key, None)
-    if (
-        not dense
-        and "quantization" in known
-        and all(form == _form(merge.modules[path]) for path, form in merge.forms.items())
-    ):
-        config["quantization"] = config["quantization_config"] = known["quantization"]
-    elif not dense:
-        forms = Counter(json.dumps(form) for form in merge.forms.values() if form)
-        common = json.loads(forms.most_common(1)[0][0])
-        others = {path: form for path, form in merge.forms.items() if form and form != common}
-        config["quantization"] = config["quantization_config"] = common | others
-    types: Counter[str] = Counter()
-    for array in weights.values():
-        types[_name(array.dtype)] += array.nbytes * mx.issubdtype(array.dtype, mx.floating)
-    return config | {key: types.most_common(1)[0][0] for key in ("dtype", "torch_dtype") if key in config and dense}
-
-
-def _stored_names(merge: Merge, parameters: dict[str, mx.array]) -> dict[str, mx.array]:
-    """A dense base's own tensors, names included (mlx-lm renames some and leaves some out), with the merged ones in
-    their places; where those have none, `parameters` as they are.
-
-    What mlx-lm's `sanitize` passes on is found again by its identity.
-    """
-    base = merge.base
-    if "quantization" in base.config or "quantization_config" in base.config:
-        return parameters
-    stored: dict[str, mx.array] = {}
-    for file in sorted(base.folder.glob("model*.safetensors")):
-        stored |= mx.load(str(file))
-    places = {id(array): name for name, array in stored.items()}
-    loaded = _sanitized(base.model, stored)
-    used = {places.get(id(array)) for array in loaded.values()}
-    # A second copy of tied embeddings would no longer be equal to the first.
-    weights = {name: array for name, array in stored.items() if name in used or not name.endswith("lm_head.weight")}
-    changed = set(merge.changed)
-    for path, array in loaded.items():
-        if place := places.get(id(array)):
-            weights[place] = parameters[path]
-        elif path.rpartition(".")[0] in changed:
-            experts = _experts(path, parameters[path])
-            if not experts.keys() <= stored.keys():
-                return parameters
-            weights |= experts
-    return weights
-
-
-def _per_expert(merge: Merge, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Experts that mlx-lm stacks, one by one as transformers reads them, where mlx-lm reads them so too."""
-    apart: dict[str, mx.array] = {}
-    for name, array in weights.items():
-        apart |= _experts(name, array)
-    together = _sanitized(merge.base.model, weights)
-    return apart if _sanitized(merge.base.model, apart).keys() == together.keys() else weights
-
-
-def _experts(name: str, array: mx.array) -> dict[str, mx.array]:
-    """model.layers.0.mlp.switch_mlp.up_proj.weight (E, out, in) → model.layers.0.mlp.experts.0.up_proj.weight, …"""
-    stem, found, rest = name.partition(".switch_mlp.")
-    if not found:
-        return {name: array}
-    return {f"{stem}.experts.{number}.{rest}": array[number] for number in range(len(array))}
-
-
-def _sanitized(network: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """What mlx-lm makes of the tensors of a file, unevaluated."""
-    return network.sanitize(dict(weights)) if hasattr(network, "sanitize") else weights
-
-
-def _save(folder: Path, weights: dict[str, mx.array], form: str, shard_bytes: int) -> None:
-    """Safetensors files and their index; each array is computed, written and dropped."""
-    total = sum(array.nbytes for array in weights.values())
-    shards = list(_shards(weights, shard_bytes))
-    places: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        mx.save_safetensors(str(folder / file), {name: weights.pop(name) for name in names}, {"format": form})
-        places |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    files.write_json(folder / "model.safetensors.index.json", index)
-
-
-def _shards(weights: dict[str, mx.array], limit: int) -> Iterator[list[str]]:
-    """Names of arrays that fit into a file together; one that is larger gets its own."""
-    names: list[str] = []
-    size = 0
-    for name, array in weights.items():
-        if names and size + array.nbytes > limit:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += array.nbytes
-    yield names

@@ -33,6 +33,7 @@ ORDER = [
     "lora.adapter",
     "lora",
     "merging",
+    "merged_folder",
     "gguf_model",
     "head",
     "loss",

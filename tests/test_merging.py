@@ -16,7 +16,7 @@ import tiny
 import torch
 import transformers
 
-from mlx_lora import lora, merging, model
+from mlx_lora import lora, merged_folder, merging, model
 from mlx_lora.config import Lora, Model, Quantize
 from mlx_lora.errors import InputError
 from mlx_lora.lora import Adapter, Pair
@@ -201,7 +201,7 @@ def test_a_dense_merge(make: Make, tmp_path: Path, kind: str, dtype: str, tied: 
     base = load(folder)
     made = adapter(base, targets=everywhere(base))
     report = merging.measure(base, made, prompts=PROMPTS)
-    merging.write(out, report)
+    merged_folder.write(out, report)
 
     got = arrays(out)
     assert {array.dtype for array in got.values()} == {getattr(mx, dtype)}
@@ -227,7 +227,7 @@ def test_experts_of_other_names(make: Make, tmp_path: Path, bits: int | None) ->
     folder, out = make("mixtral", bits=bits), tmp_path / "out"
     base = load(folder)
     made = adapter(base, targets=everywhere(base))
-    merging.write(out, merging.measure(base, made, "none", prompts=PROMPTS))
+    merged_folder.write(out, merging.measure(base, made, "none", prompts=PROMPTS))
     assert distance(mlx_logits(out), unmerged_logits(folder, made)) < 1e-4
 
 
@@ -243,7 +243,7 @@ def test_what_is_not_adapted_is_untouched(make: Make, tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
     (folder / "evil.py").write_text("")
     base = load(folder)
-    merging.write(out, merging.measure(base, adapter(base, targets=["q_proj", "embed_tokens"]), prompts=PROMPTS))
+    merged_folder.write(out, merging.measure(base, adapter(base, targets=["q_proj", "embed_tokens"]), prompts=PROMPTS))
     got, want = tiny_copies(out), tiny_copies(folder)
     assert want.keys() - got.keys() == {"lm_head.weight"}
     changed = {name for name in got if got[name].tobytes() != want[name].tobytes()}
@@ -286,7 +286,7 @@ def test_positions_are_right_in_plain_mlx_lm(make: Make, tmp_path: Path, kind: s
     folder, out = make(kind, rope_parameters={"rope_theta": 5000.0, **rope}), tmp_path / "out"
     base = load(folder)
     made = adapter(base, size=0.01)
-    merging.write(out, merging.measure(base, made, prompts=PROMPTS))
+    merged_folder.write(out, merging.measure(base, made, prompts=PROMPTS))
     want = transformers_logits(out)
     assert distance(mlx_logits(out), want) < 1e-4
     assert distance(logits(model.load(Model(path=str(out))).model), want) < 1e-4
@@ -299,16 +299,16 @@ def test_heads_are_untied_in_plain_mlx_lm(make: Make, tmp_path: Path) -> None:
     folder, out = make(), tmp_path / "out"
     edit(folder, tie_word_embeddings=...)
     base = load(folder)
-    merging.write(out, merging.measure(base, adapter(base, targets=everywhere(base)), prompts=PROMPTS))
+    merged_folder.write(out, merging.measure(base, adapter(base, targets=everywhere(base)), prompts=PROMPTS))
     assert distance(mlx_logits(out), transformers_logits(out)) < 1e-4
 
 
 def test_shards(make: Make, tmp_path: Path) -> None:
     base = load(make("qwen3_moe"))
     report = merging.measure(base, adapter(base), prompts=PROMPTS)
-    merging.write(tmp_path / "whole", report)
+    merged_folder.write(tmp_path / "whole", report)
     (tmp_path / "split").mkdir()  # an empty folder may be there
-    merging.write(tmp_path / "split", report, shard_bytes=50_000)
+    merged_folder.write(tmp_path / "split", report, shard_bytes=50_000)
     files = sorted((tmp_path / "split").glob("*.safetensors"))
     assert len(files) > 3
     index = json.loads((tmp_path / "split" / "model.safetensors.index.json").read_text())
@@ -327,8 +327,8 @@ def test_another_type(make: Make, tmp_path: Path) -> None:
     folder = make("qwen3", "bfloat16")
     base = load(folder)
     made = adapter(base)
-    merging.write(tmp_path / "a", merging.measure(base, made, dtype="float32", prompts=PROMPTS))
-    merging.write(tmp_path / "b", merging.measure(load(folder, dtype="float32"), made, prompts=PROMPTS))
+    merged_folder.write(tmp_path / "a", merging.measure(base, made, dtype="float32", prompts=PROMPTS))
+    merged_folder.write(tmp_path / "b", merging.measure(load(folder, dtype="float32"), made, prompts=PROMPTS))
     assert rounding(arrays(tmp_path / "a"), expected64(arrays(folder), made)) <= 1
     tiny.assert_identical(tiny_copies(tmp_path / "a"), tiny_copies(tmp_path / "b"))
     for out in (tmp_path / "a", tmp_path / "b"):
@@ -347,7 +347,7 @@ def test_keeping_bits(make: Make, tmp_path: Path, kind: str) -> None:
     targets = ["v_proj", "down_proj", "embed_tokens"]
     made = adapter(base, size=0.2, targets=targets)
     report = merging.measure(base, made, prompts=PROMPTS)
-    merging.write(out, report)
+    merged_folder.write(out, report)
     got, want = tiny_copies(out), tiny_copies(folder)
     assert got.keys() == want.keys()
     changed = {name.rpartition(".")[0] for name in got if got[name].tobytes() != want[name].tobytes()}
@@ -378,7 +378,7 @@ def test_dequantizing(make: Make, tmp_path: Path, kind: str) -> None:
     folder, out = make(kind, "bfloat16", bits=4), tmp_path / "out"
     base = load(folder)
     made = adapter(base, targets=everywhere(base))
-    merging.write(out, merging.measure(base, made, "none", "float32", prompts=PROMPTS))
+    merged_folder.write(out, merging.measure(base, made, "none", "float32", prompts=PROMPTS))
     assert not {"quantization", "quantization_config"} & config_of(out).keys()
     want = unmerged_logits(folder, made)
     assert distance(transformers_logits(out), want) < 1e-4
@@ -392,9 +392,9 @@ def test_a_dense_base_to_bits(make: Make, tmp_path: Path, kind: str) -> None:
     folder = make(kind, hidden_size=128)
     base = load(folder)
     made = adapter(base, size=0.2)
-    merging.write(tmp_path / "dense", merging.measure(base, made, prompts=PROMPTS))
+    merged_folder.write(tmp_path / "dense", merging.measure(base, made, prompts=PROMPTS))
     want = model.load(Model(path=str(tmp_path / "dense"), quantize=Quantize(bits=6)))
-    merging.write(tmp_path / "bits", merging.measure(base, made, 6, prompts=PROMPTS), force=True)
+    merged_folder.write(tmp_path / "bits", merging.measure(base, made, 6, prompts=PROMPTS), force=True)
     tiny.assert_identical(tiny_copies(tmp_path / "bits"), tiny.copies(want.model))
     assert config_of(tmp_path / "bits")["quantization"] == {
         "group_size": 64,
@@ -414,7 +414,7 @@ def test_other_bits_for_a_quantized_base(make: Make, tmp_path: Path) -> None:
     base = load(folder)
     made = adapter(base, size=0.2)
     report = merging.measure(base, made, 8, prompts=PROMPTS)
-    merging.write(out, report)
+    merged_folder.write(out, report)
     assert config_of(out)["quantization"] == {"group_size": 32, "bits": 8, "mode": "affine"}
     effect = distance(logits(model.load(Model(path=str(folder))).model), unmerged_logits(folder, made))
     assert distance(mlx_logits(out), unmerged_logits(folder, made)) < effect / 4
@@ -427,12 +427,12 @@ def test_a_base_that_is_quantized_on_load(make: Make, tmp_path: Path) -> None:
     base = load(folder, **options)
     made = adapter(base, size=0.2)
     tiny.assert_identical(tiny.copies(base.model), tiny.copies(model.load(Model(path=str(folder), **options)).model))
-    merging.write(out, merging.measure(base, made, prompts=PROMPTS))
+    merged_folder.write(out, merging.measure(base, made, prompts=PROMPTS))
     assert config_of(out)["quantization"] == {"group_size": 32, "bits": 8, "mode": "affine"}
     want = unmerged_logits(folder, made, **options)
     effect = distance(logits(base.model), want)
     assert distance(mlx_logits(out), want) < effect / 4
-    merging.write(tmp_path / "none", merging.measure(base, made, "none", "float32", prompts=PROMPTS))
+    merged_folder.write(tmp_path / "none", merging.measure(base, made, "none", "float32", prompts=PROMPTS))
     assert distance(transformers_logits(tmp_path / "none"), want) < 1e-4
 
 
@@ -445,10 +445,10 @@ def test_scales_of_bytes(make: Make, tmp_path: Path, mode: str) -> None:
     mlx_lm.utils.save(folder, str(source), network, mlx_lm.utils.load_tokenizer(source), config)
     base = load(folder)
     made = adapter(base, size=0.5)
-    merging.write(out, merging.measure(base, made, prompts=PROMPTS), force=True)
+    merged_folder.write(out, merging.measure(base, made, prompts=PROMPTS), force=True)
     assert config_of(out)["quantization"]["mode"] == mode
     assert arrays(out)["model.layers.0.mlp.up_proj.scales"].dtype == mx.uint8
-    merging.write(tmp_path / "none", merging.measure(base, made, "none", prompts=PROMPTS))
+    merged_folder.write(tmp_path / "none", merging.measure(base, made, "none", prompts=PROMPTS))
     assert {array.dtype for array in arrays(tmp_path / "none").values()} == {mx.bfloat16}
     effect = distance(logits(base.model), unmerged_logits(folder, made))
     assert distance(transformers_logits(tmp_path / "none"), unmerged_logits(folder, made)) < effect / 4
@@ -463,7 +463,7 @@ def test_survival_equals_float64(make: Make, tmp_path: Path) -> None:
     base = load(folder)
     made = adapter(base, size=0.002, targets=everywhere(base))
     report = merging.measure(base, made, prompts=PROMPTS)
-    merging.write(out, report, force=True)
+    merged_folder.write(out, report, force=True)
     before, after = (expand(arrays(place)) for place in (folder, out))
     sums = np.zeros(3)
     for survival in report.survivals:
@@ -516,9 +516,9 @@ def test_four_bits_swallow_an_adapter_whole(make: Make, tmp_path: Path, kind: st
     assert report.refused
     assert report.divergence.mean == pytest.approx(report.divergence.adapter, rel=1e-3)
     with pytest.raises(InputError, match=r"would lose 100.0% of the adapter .*Better: --quantize"):
-        merging.write(tmp_path / "out", report)
+        merged_folder.write(tmp_path / "out", report)
     assert not list(tmp_path.glob("*out*"))
-    merging.write(tmp_path / "out", report, force=True)
+    merged_folder.write(tmp_path / "out", report, force=True)
     tiny.assert_identical(tiny_copies(tmp_path / "out"), tiny_copies(base.folder))
 
     passing = [
@@ -567,7 +567,7 @@ def test_an_adapter_of_zeros(make: Make, tmp_path: Path, kind: str, dtype: str) 
         "positions": sum(len(base.tokenizer.encode(prompt)) for prompt in PROMPTS),
     }
     assert report.overall.as_json() == {"cosine": 1, "norm": 1, "lost": 0}
-    merging.write(tmp_path / "out", report)
+    merged_folder.write(tmp_path / "out", report)
     tiny.assert_identical(tiny_copies(tmp_path / "out"), tiny_copies(folder))
 
 
@@ -578,7 +578,7 @@ def test_divergence_equals_numpy(make: Make, tmp_path: Path, kind: str, bits: in
     base = load(folder)
     made = adapter(base, targets=everywhere(base))
     report = merging.measure(base, made, prompts=PROMPTS)
-    merging.write(out, report, force=True)
+    merged_folder.write(out, report, force=True)
     before, after = model.load(Model(path=str(folder))).model, model.load(Model(path=str(out))).model
     found, moved = [], []
     for prompt in PROMPTS:
@@ -676,7 +676,7 @@ def test_folders_that_cannot_be_written(make: Make, tmp_path: Path, monkeypatch:
     (tmp_path / "file").write_text("kept")
     for place in (folder, tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(InputError, match=str(place)):
-            merging.write(place, report)
+            merged_folder.write(place, report)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert (tmp_path / "file").read_text() == "kept"
 
@@ -685,7 +685,7 @@ def test_folders_that_cannot_be_written(make: Make, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(mx, "save_safetensors", full)
     with pytest.raises(InputError, match="No space left"):
-        merging.write(tmp_path / "out", report)
+        merged_folder.write(tmp_path / "out", report)
     assert not list(tmp_path.glob("*out*"))
 
 
@@ -697,7 +697,7 @@ def test_smollm2(smollm2_folder: Path, tmp_path: Path) -> None:
     report = merging.measure(base, made)
     assert report.overall.lost < 0.02
     assert report.divergence.mean < report.divergence.adapter / 10
-    merging.write(tmp_path / "out", report)
+    merged_folder.write(tmp_path / "out", report)
     stored = {name: array.astype(mx.bfloat16) for name, array in arrays(smollm2_folder).items()}
     assert rounding(arrays(tmp_path / "out"), expected64(stored, made)) <= 1
     network, config = mlx_lm.utils.load_model(smollm2_folder)
