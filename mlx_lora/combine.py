@@ -32,8 +32,6 @@ def _main() -> None:
     if options.seed is not None and not 0 <= options.seed < 2**64:
         raise InputError(f"--seed {options.seed} is not between 0 and 2^64 - 1")
     out = Path(options.out)
-    if out.exists():
-        raise InputError(f"{out}: is there already; choose another folder with --out")
     sources = [Source.parse(text) for text in options.adapter]
     adapters: dict[str, Adapter] = {}
     for source in sources:
@@ -43,12 +41,21 @@ def _main() -> None:
     combination.check_bases(adapters)
     weights = [source.weight for source in sources]
     combined = _combined(list(adapters.values()), weights, options)
+    combination.check_range(combined)
+    if combination.norm(combined) < 1e-38:  # float32 has no smaller numbers
+        raise InputError(
+            "the combined update is zero: the weights or --density are too small, or the updates are zero or cancel"
+        )
     _save(out, combined, sources, options)
     rank, _ = combined.uniform or (0, 0)
     size = sum(array.nbytes for array in combined.arrays().values())
     print(f"{out}: {len(combined.pairs)} modules of rank {rank}, {size / 1e6:.1f} MB")
     exact = combination.concatenate(list(adapters.values()), weights)
-    if whole := combination.norm(exact):
+    whole = combination.norm(exact)
+    terms = sum(abs(each.weight) * combination.norm(adapters[each.name]) for each in sources)
+    if whole <= 1e-6 * terms:  # what is left is rounding
+        print("the adapters' updates cancel: nothing is left of their weighted sum")
+    else:
         missing = combination.norm(combination.concatenate([combined, exact], [1, -1]))
         print(f"its update is off the adapters' weighted sum by {100 * missing / whole:.3g} % (Frobenius norm)")
 
@@ -83,12 +90,8 @@ def _save(out: Path, adapter: Adapter, sources: list[Source], options: argparse.
     settings = {name: getattr(options, name) for name in ("method", *GOES_WITH) if getattr(options, name) is not None}
     metadata = {"format": "mlx", "combined_from": json.dumps(parents), "combined_by": json.dumps(settings)}
     adapter = replace(adapter, metadata=adapter.metadata | metadata)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with files.new_folder(out) as folder:
-            mlx_form.save(folder, adapter.arrays(), mlx_form.settings(adapter), adapter.metadata)
-    except (OSError, RuntimeError) as error:  # MLX raises RuntimeError
-        raise InputError(f"{out}: cannot be written ({error})") from None
+    with files.output_folder(out) as folder:
+        mlx_form.save(folder, adapter.arrays(), mlx_form.settings(adapter), adapter.metadata)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -48,6 +48,12 @@ def _main() -> None:
     tokens = generation.prompt_tokens(base.tokenizer, prompt, options.system, options.raw)
     if not tokens:
         raise InputError("the prompt is empty")
+    context = generation.context_length(base)
+    sampling["max_tokens"] = generation.longest_answer(options.max_tokens, tokens, context)
+    if sampling["max_tokens"] < 1:
+        raise InputError(
+            f"the prompt has {len(tokens)} tokens: no room for an answer in the model's context ({context})"
+        )
     if options.compare:
         _compare(base, live, tokens, sampling)
         return
@@ -124,7 +130,7 @@ def _chat(base: model.Base, live: LiveAdapters, system: str | None, sampling: di
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (gives input() its line editing)
         print(f"({_blend(live)}) /help lists the commands, Ctrl-D ends", file=sys.stderr)
-    conversation = generation.Conversation(base.model, base.tokenizer, system)
+    conversation = generation.Conversation(base.model, base.tokenizer, system, generation.context_length(base))
     while True:
         try:
             line = _read(lambda: input("> " if person else "")).strip()
@@ -135,6 +141,11 @@ def _chat(base: model.Base, live: LiveAdapters, system: str | None, sampling: di
             if not person:
                 raise
             print("\n(Ctrl-D or /quit ends)", file=sys.stderr)
+            continue
+        except InputError as error:
+            if not person:
+                raise
+            print(f"error: {error}", file=sys.stderr)
             continue
         if line == "/quit":
             return
@@ -184,6 +195,8 @@ def _weights(names: list[str], live: LiveAdapters) -> Mapping[str, float]:
         name, colon, weight = (text, "", "") if text in live.names else text.rpartition(":")
         if not colon:
             name, weight = text, "1"
+        if name in blend:
+            raise InputError(f"{name} is named twice; give it one weight")
         blend[name] = number(weight, text)
     return blend
 

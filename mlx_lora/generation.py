@@ -1,6 +1,6 @@
 """Text from a model, on top of mlx-lm's generation."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +11,25 @@ from mlx_lm.sample_utils import make_sampler
 
 from mlx_lora import chat
 from mlx_lora.errors import InputError
+from mlx_lora.model import Base
+
+
+def context_length(base: Base) -> int | None:
+    """The tokens that the model has positions for, prompt and answer together, where its config says so."""
+    length = (base.config.get("text_config") or base.config).get("max_position_embeddings")
+    return length if isinstance(length, int) else None
+
+
+def longest_answer(max_tokens: int, prompt: list[int], context: int | None) -> int:
+    """`max_tokens`, or what the prompt leaves of the context: 0 or below where it leaves nothing."""
+    return max_tokens if context is None else min(max_tokens, context - len(prompt))
+
+
+def sampler(temperature: float, top_p: float) -> Callable[[mx.array], mx.array]:
+    """Log-probabilities (…, vocabulary) → tokens; greedy below a temperature of 1e-4, since logarithms divided by
+    less can overflow."""
+    sample = make_sampler(temp=0.0 if temperature < 1e-4 else temperature, top_p=top_p)
+    return lambda logprobs: sample(logprobs.astype(mx.float32))
 
 
 def chat_prompt(tokenizer: Any, messages: list[dict[str, Any]], tools: Any = None) -> list[int]:
@@ -48,13 +67,14 @@ def answers(model: nn.Module, tokenizer: Any, prompts: list[list[int]], max_toke
 
 class Conversation:
     """What was said in a chat with a model, and the model's cache of it, of which the next answer uses as many leading
-    tokens as are the same."""
+    tokens as are the same. `context` is the model's `context_length`."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, system: str | None = None) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, system: str | None = None, context: int | None = None) -> None:
         self.messages = _opening(system)
         self._model = model
         self._tokenizer = tokenizer
         self._system = system
+        self._context = context
         self.forget_cache()
 
     def reset(self) -> None:
@@ -66,21 +86,27 @@ class Conversation:
         self._cache: list[Any] | None = None
         self._tokens: list[int] = []  # what the cache holds
 
-    def answer(self, text: str, **sampling: Any) -> Generator[str, None, None]:
+    def answer(self, text: str, max_tokens: int = 256, **sampling: Any) -> Generator[str, None, None]:
         """Pieces of the answer to a user's message, as `stream` gives them; both are in `messages` afterwards.
 
         Of an answer that is broken off (closed, or Ctrl-C within it), what was written stays; with nothing
-        written, the message goes too. Raises InputError, without a trace of the message, where it has no prompt.
+        written, the message goes too. Raises InputError, without a trace of the message, where it has no prompt or
+        the context no room.
         """
         _check_unicode(text)
         messages = [*self.messages, {"role": "user", "content": text}]
         tokens = chat_prompt(self._tokenizer, messages)
+        max_tokens = longest_answer(max_tokens, tokens, self._context)
+        if max_tokens < 1:
+            raise InputError(
+                f"the conversation is longer than the model's context ({self._context} tokens); /reset starts a new one"
+            )
         written, complete = "", False
         try:
             known = self._cached(tokens)
             self._tokens = list(tokens)
             for piece, token in _pieces(
-                self._model, self._tokenizer, tokens[known:], prompt_cache=self._cache, **sampling
+                self._model, self._tokenizer, tokens[known:], max_tokens, prompt_cache=self._cache, **sampling
             ):
                 written += piece
                 self._tokens.append(token)
@@ -116,9 +142,13 @@ def _pieces(
 ) -> Iterator[tuple[str, int]]:
     """Each token of the answer, the one that ends it included, and the text that it completes."""
     mx.random.seed(seed)
-    sampler = make_sampler(temp=temperature, top_p=top_p)
     for response in stream_generate(
-        model, tokenizer, prompt, max_tokens=max_tokens, sampler=sampler, prompt_cache=prompt_cache
+        model,
+        tokenizer,
+        prompt,
+        max_tokens=max_tokens,
+        sampler=sampler(temperature, top_p),
+        prompt_cache=prompt_cache,
     ):
         yield response.text, response.token
 

@@ -13,6 +13,9 @@ from mlx_lora.errors import InputError
 from mlx_lora.lora import Adapter
 from mlx_lora.lora.combination import concatenate
 
+LARGEST_WEIGHT = 1e6  # far above any of use, and far below what overflows float32
+WEIGHTS = f"a number between -{LARGEST_WEIGHT:g} and {LARGEST_WEIGHT:g}"
+
 
 class LiveAdapters:
     """Adapters by name beside a model, and the blend of them that the model uses.
@@ -79,13 +82,14 @@ class LiveAdapters:
 
     def use(self, blend: Mapping[str, float] | str | None) -> None:
         """Swaps to exactly this blend and switches it on: weights by name, one name (weight 1), or None for the bare
-        base. A weight of 0 is as good as none. The blend that is in use already stays as it is, merged or not."""
+        base. A weight of 0 is as good as none, and the order says nothing. The blend that is in use already stays as it
+        is, merged or not."""
         weights = {blend: 1.0} if isinstance(blend, str) else dict(blend or {})
         self._check_known(weights)
         for name, weight in weights.items():
-            if not math.isfinite(weight):
-                raise InputError(f"{name}: the weight {weight} is not finite")
-        wanted = {name: float(weight) for name, weight in weights.items() if weight}
+            if not abs(weight) <= LARGEST_WEIGHT:
+                raise InputError(f"{name}: its weight is not {WEIGHTS}")
+        wanted = {name: float(weights[name]) for name in self._adapters if weights.get(name)}
         if not self._enabled or wanted != self._blend:
             self._put(wanted, True)
 
@@ -166,6 +170,6 @@ def number(text: str, where: str) -> float:
         weight = float(text)
     except ValueError:
         weight = math.nan
-    if not math.isfinite(weight):
-        raise InputError(f"{where}: {text!r} is not a finite number for a weight")
+    if not abs(weight) <= LARGEST_WEIGHT:
+        raise InputError(f"{where}: the weight {text!r} is not {WEIGHTS}")
     return weight

@@ -280,6 +280,10 @@ def test_other_ranks_or_shapes_are_refused() -> None:
             method([four, lora.attached(wide)], [1.0, 1.0])
 
 
+def test_adapters_without_modules_have_a_nearest_one_without() -> None:
+    assert svd([Adapter({}), Adapter({})], [1.0, 1.0]).pairs == {}
+
+
 @pytest.mark.parametrize("weight", [0.0, math.nan, math.inf])
 def test_weights_that_say_nothing_are_refused(weight: float) -> None:
     with pytest.raises(InputError, match="must be finite and not 0"):
@@ -436,6 +440,11 @@ def test_the_command_says_how_far_a_smaller_rank_is_off(folders: list[Path], tmp
         (["--adapter", "{red}", "--out", "/dev/null/x"], "cannot be written"),
         (["--adapter", "{red}", "--method", "magic"], "invalid choice"),
         ([], "--adapter"),
+        (["--adapter", "{red}:1e7"], "the weight '1e7' is not a number between"),
+        (["--adapter", "{red}:1e-300", "--adapter", "{blue}:1e-300"], "the combined update is zero"),
+        (["--adapter", "{red}:1e-60"], "the combined update is zero"),
+        (["--adapter", "{red}", "--method", "ties", "--density", "1e-9"], "the combined update is zero"),
+        (["--adapter", "{red}", "--adapter", "x={red}:-1", "--method", "linear"], "the combined update is zero"),
     ],
 )
 def test_bad_input_is_one_message_and_nothing_is_written(
@@ -455,3 +464,42 @@ def test_bad_input_is_one_message_and_nothing_is_written(
     assert code == 2
     assert words in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["blue", "red"]
+
+
+@pytest.mark.parametrize("method", ["concatenate", "svd", "linear", "ties", "dare"])
+@pytest.mark.parametrize("others", [[], ["--adapter", "{red}"]], ids=["alone", "with another"])
+def test_what_float32_cannot_hold_is_refused(
+    folders: list[Path],
+    tmp_path: Path,
+    method: str,
+    others: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The weight and the adapter are each allowed, their product is not."""
+    red = adapter_files.read(folders[0])
+    huge = {path: replace(pair, lora_b=pair.lora_b * 1e35, alpha=9e29 * pair.rank) for path, pair in red.pairs.items()}
+    folder = save(replace(red, pairs=huge), tmp_path / "huge")
+    adapters = ["--adapter", f"{folder}:1e6", *(text.format(red=folders[0]) for text in others)]
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["combine", *adapters, "--method", method, "--out", str(out)])
+    code = exit_code(combine._main)
+    assert (code, out.exists()) == (2, False)
+    assert "error: the weights are too large: combined, model.layers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("weights", [(-1, 1), (3, -3)])
+def test_the_command_says_that_updates_cancel(
+    folders: list[Path],
+    tmp_path: Path,
+    weights: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What is left is rounding, of which no share can be told."""
+    adapters = ["--adapter", f"{folders[0]}:{weights[0]}", "--adapter", f"x={folders[0]}:{weights[1]}"]
+    monkeypatch.setattr(sys, "argv", ["combine", *adapters, "--out", str(tmp_path / "both")])
+    assert exit_code(combine._main) == 0
+    out = capsys.readouterr().out
+    assert "the adapters' updates cancel" in out
+    assert "is off" not in out

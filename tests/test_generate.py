@@ -1,5 +1,6 @@
 """The generate command as a person runs it: several adapters, comparison, chat, Ctrl-C; and the chat's cache."""
 
+import contextlib
 import io
 import json
 import os
@@ -118,6 +119,48 @@ def test_compare_prints_what_separate_runs_print(tiny_model: Path, runs: dict[st
     assert both == (0, f"base:\n{base}\ntuned:\n{tuned}", "")
 
 
+@pytest.mark.parametrize("size", [500, 511])
+def test_an_answer_ends_where_the_context_does(tiny_model: Path, command: Any, size: int) -> None:
+    """The bare base writes newlines without end, and has 512 positions."""
+    code, out, _ = command("--model", tiny_model, "--raw", "--max-tokens", "10000", size * "x")
+    assert (code, len(out)) == (0, 512 - size + 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        ({"max_position_embeddings": 512}, 512),
+        ({"text_config": {"max_position_embeddings": 64}}, 64),
+        ({"max_position_embeddings": None}, None),
+        ({"max_position_embeddings": 64, "text_config": None}, 64),
+        ({}, None),
+    ],
+)
+def test_the_context_length_is_the_configs(config: dict[str, Any], length: int | None) -> None:
+    base = model.Base(nn.Module(), None, config, Path(), {})
+    assert generation.context_length(base) == length
+    assert generation.longest_answer(100, 7 * [1], length) == (100 if length is None else min(100, length - 7))
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+@pytest.mark.parametrize("temperature", [0.0, 1e-320, 1e-40, 1e-5, 1e-4])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_low_temperature_is_greedy(dtype: mx.Dtype, temperature: float, top_p: float) -> None:
+    logits = mx.zeros((1, 50000)).at[0, 3].add(1.0)  # every logarithm is near -10
+    logprobs = (logits - mx.logsumexp(logits)).astype(dtype)
+    sample = generation.sampler(temperature, top_p)
+    assert {sample(logprobs).item() for _ in range(20)} == {3}
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.float32])
+def test_samples_have_the_shares_of_the_temperature(dtype: mx.Dtype) -> None:
+    mx.random.seed(0)
+    logprobs = mx.log(mx.array([0.1, 0.2, 0.7]))
+    drawn = np.array(generation.sampler(0.5, 1.0)(mx.broadcast_to(logprobs, (20000, 3)).astype(dtype)))
+    squares = np.array([0.01, 0.04, 0.49])
+    assert np.abs(np.bincount(drawn, minlength=3) / 20000 - squares / squares.sum()).max() < 0.015
+
+
 # ---- chat ------------------------------------------------------------------------------------------------------------
 
 
@@ -134,7 +177,17 @@ def test_a_chat_on_a_pipe(tiny_model: Path, runs: dict[str, Path], run_command: 
         "/adapter blue",
         "Name one",
     ]
-    lines += ["/adapter green", "/adapter", "/nothing", "/reset", "Hello", "/help", "/quit", "never read"]
+    lines += [
+        "/adapter green",
+        "/adapter red:0.5 red:0.2",
+        "/adapter",
+        "/nothing",
+        "/reset",
+        "Hello",
+        "/help",
+        "/quit",
+        "never read",
+    ]
     blends = {"Hello": {red: 1.0}, "And then?": {}, "What /is it?": {red: 0.3, blue: 0.6}, "Name one": {blue: 1.0}}
     messages = [{"role": "system", "content": "Be brief"}]
     expected = []
@@ -149,14 +202,28 @@ def test_a_chat_on_a_pipe(tiny_model: Path, runs: dict[str, Path], run_command: 
     assert ended.stdout == "".join(f"{answer}\n" for answer in expected)
     assert ended.stderr.splitlines() == [
         "(base; also loaded: red, blue)",
-        "(blue x 0.6 + red x 0.3)",
+        "(red x 0.3 + blue x 0.6)",
         "(blue; also loaded: red)",
         "error: no adapter is named green; loaded: red, blue",
+        "error: red is named twice; give it one weight",
         "(blue; also loaded: red)",
         "error: there is no command /nothing; /help lists them",
         "(blue; also loaded: red, nothing said yet)",
         *generate.CHAT_HELP.splitlines(),
     ]
+
+
+def test_a_conversation_longer_than_the_context(
+    tiny_model: Path, runs: dict[str, Path], command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is as if the message had never been sent."""
+    red = runs["red"]
+    lines = ["Hello", 500 * "x", "And then?"]
+    messages = [user("Hello"), assistant("red fox"), user("And then?")]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    code, out, err = command("--adapter", red, "--chat", "--max-tokens", "12")
+    assert (code, out) == (0, f"red fox\n{said(tiny_model, {red: 1.0}, messages)}\n")
+    assert err == "error: the conversation is longer than the model's context (512 tokens); /reset starts a new one\n"
 
 
 class Reader:
@@ -170,7 +237,8 @@ class Reader:
         end = time.monotonic() + seconds
         while words not in self._rest:
             ready = select.select([self._descriptor], [], [], max(0, end - time.monotonic()))[0]
-            assert ready, f"no {words!r} after {self._rest!r}"
+            if not ready:
+                raise TimeoutError(f"no {words!r} after {self._rest!r}")
             part = os.read(self._descriptor, 4096)
             assert part, f"ended without {words!r}, after {self._rest!r}"
             self._rest += part
@@ -192,7 +260,8 @@ def start() -> Iterator[Any]:
         python = ["-m", "mlx_lora.generate"] if terminal is None else ["-c", code]
         streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE if terminal is None else terminal)
         command = [sys.executable, *python, *map(str, arguments)]
-        new = subprocess.Popen(command, start_new_session=terminal is not None, cwd=ROOT, **streams)
+        strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}  # as in a UTF-8 locale, whatever this one is
+        new = subprocess.Popen(command, start_new_session=terminal is not None, cwd=ROOT, env=strict, **streams)
         started.append(new)
         return new
 
@@ -202,27 +271,47 @@ def start() -> Iterator[Any]:
         process.communicate()
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_the_chat(runs: dict[str, Path], start: Any) -> None:
-    """The bare base writes newlines without end."""
-    process = start("--adapter", f"{runs['red']}:0", "--chat", "--max-tokens", str(10**6))
+@pytest.fixture(scope="module")
+def endless(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a context that no test fills: it writes newlines without end."""
+    folder = tmp_path_factory.mktemp("endless") / "model"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10**9}))
+    return folder
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_chat(runs: dict[str, Path], endless: Path, start: Any) -> None:
+    process = start("--model", endless, "--adapter", f"{runs['red']}:0", "--chat", "--max-tokens", str(10**6))
     process.stdin.write(b"Hello\n")
     process.stdin.flush()
     Reader(process.stdout.fileno()).wait(b"\n\n")
     process.send_signal(signal.SIGINT)
+    Reader(process.stderr.fileno()).wait(b" (stopped)")
     out, err = process.communicate(b"/reset\n/adapter red\nHello\n", timeout=120)
     assert process.returncode == 0
     assert out.endswith(b"\nred fox\n")
-    assert err.startswith(b" (stopped)")
     assert b"Traceback" not in err
 
 
-def test_ctrl_c_ends_an_answer_outside_a_chat_with_130(tiny_model: Path, start: Any) -> None:
-    process = start("--model", tiny_model, "--max-tokens", str(10**6), "Hello")
+def test_ctrl_c_ends_an_answer_outside_a_chat_with_130(endless: Path, start: Any) -> None:
+    process = start("--model", endless, "--max-tokens", str(10**6), "Hello")
     Reader(process.stdout.fileno()).wait(b"\n\n")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert b"Traceback" not in err
+
+
+def interrupt(terminal: int, screen: Reader) -> None:
+    """Ctrl-C at the prompt. The echo of what was typed precedes the wait for more by a moment in which Ctrl-C is only
+    noted, until another one comes."""
+    for _ in range(6):
+        os.write(terminal, b"\x03")
+        with contextlib.suppress(TimeoutError):
+            screen.wait(b"(Ctrl-D or /quit ends)", 10)
+            return
+    raise AssertionError("Ctrl-C does nothing")
 
 
 def test_a_terminal_has_a_prompt_a_table_and_survives_ctrl_c_at_the_prompt(runs: dict[str, Path], start: Any) -> None:
@@ -235,19 +324,20 @@ def test_a_terminal_has_a_prompt_a_table_and_survives_ctrl_c_at_the_prompt(runs:
     screen.wait(b"> ")
     os.write(outer, b"half a line")
     screen.wait(b"half a line")
-    time.sleep(0.5)  # the echo precedes the wait for more by a moment in which Ctrl-C would only be noted
-    os.write(outer, b"\x03")
-    screen.wait(b"(Ctrl-D or /quit ends)")
+    interrupt(outer, screen)
+    screen.wait(b"> ")
+    os.write(outer, b"a\xff\n")  # no text in UTF-8
+    screen.wait(b"error: standard input is not valid text")
     screen.wait(b"> ")
     os.write(outer, b"Hello\n")
     screen.wait(b"red fox\r\n")
     screen.wait(b"> ")
     os.write(outer, b"\x04")
-    assert chat.wait(60) == 0
+    assert chat.wait(120) == 0
     table = start("--adapter", runs["red"], "--compare", "--max-tokens", "7", "Hello", terminal=inner)
     assert b"base" in screen.wait(b"tuned").splitlines()[-1]
     screen.wait(b"red fox")
-    assert table.wait(60) == 0
+    assert table.wait(120) == 0
     os.close(outer)
     os.close(inner)
 
@@ -382,13 +472,15 @@ def test_a_cache_that_cannot_be_cut_is_made_anew(tiny_model: Path) -> None:
         (["--model", "{model}", "--compare", "hi"], "--compare needs an --adapter"),
         (["--adapter", "{red}", "--adapter", "{red}:0.5", "hi"], "an adapter is named red already"),
         (["--adapter", "{red}", "--adapter", "{other}", "hi"], "red and other were trained on different bases"),
-        (["--adapter", "{red}:much", "hi"], "'much' is not a finite number for a weight"),
+        (["--adapter", "{red}:much", "hi"], "the weight 'much' is not a number between"),
         (["--adapter", "{tmp}/adapter-f16.gguf", "hi"], "a GGUF file is no adapter"),
         (["--adapter", "{red}", "--adapter", "x={tmp}/none", "hi"], "none: holds no adapter"),
         (["--adapter", "{tmp}/none", "--model", "{model}", "hi"], "none: holds no adapter"),
         (["--model", "{plain}", "--chat"], "--chat needs a chat template"),
         (["--model", "{plain}", "--system", "x", "hi"], "--system needs a chat template"),
         (["--model", "{model}", "--system", "a\udcff", "hi"], "not valid Unicode"),
+        (["--model", "{model}", "--raw", 512 * "x"], "the prompt has 512 tokens: no room for an answer in the model's"),
+        (["--model", "{model}", "--adapter", "{red}", "--compare", 512 * "x"], "no room for an answer in the model's"),
     ],
 )
 def test_bad_input_is_one_message(

@@ -11,6 +11,7 @@ DARE: Yu et al., 2023, arXiv:2311.03099.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_lora.errors import InputError
-from mlx_lora.lora.value import Adapter, Pair
+from mlx_lora.lora.value import Adapter, Pair, check_finite
 
 Float64 = npt.NDArray[np.float64]
 Term = tuple[Pair, float]  # an adapter's pair of a module, and the adapter's weight
@@ -55,10 +56,13 @@ def svd(adapters: Sequence[Adapter], weights: Sequence[float], rank: int | None 
     It is found from the factors, in float64, and no (out, in) matrix is formed. A and B each take the square roots of
     the singular values.
     """
-    limit = max(pair.rank for adapter in adapters for pair in adapter.pairs.values()) if rank is None else rank
+    ranks = [pair.rank for adapter in adapters for pair in adapter.pairs.values()]
+    limit = max(ranks, default=1) if rank is None else rank
     if limit < 1:
         raise InputError(f"rank is {rank}; give a whole number above 0")
-    return _combined(adapters, weights, lambda _, terms: _nearest(_stacked(terms), limit))
+    exact = concatenate(adapters, weights)
+    check_range(exact)
+    return replace(exact, pairs={path: _nearest(pair, limit) for path, pair in exact.pairs.items()})
 
 
 def linear(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
@@ -92,6 +96,17 @@ def dare(adapters: Sequence[Adapter], weights: Sequence[float], density: float, 
         return _sum(list(mx.where(kept, mx.stack(arrays) / density, 0)), factors)
 
     return _by_factors(adapters, weights, rule)
+
+
+def check_range(adapter: Adapter) -> None:
+    """Raises InputError for a combination whose arrays float32 cannot hold, or whose scales no file may have."""
+    try:
+        check_finite(adapter.pairs.items())
+        for path, pair in adapter.pairs.items():
+            if not abs(pair.scale) < 1e30:
+                raise InputError(f"{path} has the scale {pair.scale:g}")
+    except InputError as error:
+        raise InputError(f"the weights are too large: combined, {error}") from None
 
 
 def norm(adapter: Adapter) -> float:
