@@ -6,15 +6,13 @@ A request chooses by its `model`: the base's name or `base`, the name of an adap
 import argparse
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
 from mlx_lora import adapter_files, model
 from mlx_lora.config import Model
-from mlx_lora.errors import InputError, Interrupted, exit_code
+from mlx_lora.errors import InputError, exit_code
 
 
 def _main() -> None:
@@ -27,13 +25,16 @@ def _main() -> None:
         if package not in ("starlette", "uvicorn", "h11"):
             raise
         raise InputError(f'the server needs {package}: pip install "mlx-lora[serve]"') from None
+    if options.api_key and not re.fullmatch(r"[!-~]+", options.api_key):
+        raise InputError(
+            "the API key (--api-key or MLX_LORA_API_KEY) may have printable ASCII characters only, no spaces"
+        )
     adapters = _adapters(options.adapter)
     base = Model(path=options.model) if options.model else _base_of(adapters)
     name = _name(base.path)
     if clash := {name, "base"} & adapters.keys():
         raise InputError(f"--adapter: {clash.pop()} is the base's name; give the adapter another")
     with app.listen(options.host, options.port) as listener, Worker(options.max_waiting) as worker:
-        signal.signal(signal.SIGTERM, _stop)
         hosts = app.hosts(listener)
         if hosts is None and not options.api_key:
             print(
@@ -49,10 +50,6 @@ def _main() -> None:
             name, list(adapters), options.max_tokens_limit, options.max_body, options.api_key, hosts
         )
         app.run(worker, settings, listener)
-
-
-def _stop(number: int, _: FrameType | None) -> None:
-    raise Interrupted(number, "stopped")
 
 
 def _adapters(pairs: list[tuple[str, str]]) -> dict[str, str]:

@@ -74,6 +74,7 @@ OWNERS = {  # third-party packages that only these modules may import
     "tokenizers": {"gguf_base.tokenizer", "gguf_vocab"},
     "pydantic": {"config", "config_file", "server.protocol"},
     "starlette": {"server.app"},
+    "h11": {"server.app"},
     "uvicorn": {"server.app"},
     "yaml": {"config_file"},
 }

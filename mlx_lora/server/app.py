@@ -12,6 +12,7 @@ from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import h11
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -26,9 +27,11 @@ from mlx_lora.server import protocol
 from mlx_lora.server.protocol import ApiError, ChatRequest, Envelope, Sampled, TextRequest
 from mlx_lora.server.worker import Answer, Job, Worker
 
-CONNECTIONS = 256
+REQUESTS = 256  # at once; more are refused
+CONNECTIONS = REQUESTS + 32  # more are cut off unheard, before the process runs out of files (mlx-lm allows it 2048)
 HEADER_SECONDS = 10  # from a connection, or the answer before, to the end of a request's headers
 BODY_SECONDS = 60
+READ_SECONDS = 60  # in which a client must take what is written for it
 GRACE_SECONDS = 5  # in which what is written may reach the clients when the server stops
 
 
@@ -189,6 +192,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app, self._settings = app, settings
+        self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
@@ -202,15 +206,19 @@ class Gate:
                 status = message["status"]
             await send(message)
 
+        self._running += 1
         try:
             refusal = self._refusal(Request(scope))
             await (self._app if refusal is None else error_response(refusal))(scope, receive, noting)
         finally:
+            self._running -= 1
             words = [scope["method"], scope["raw_path"].decode("latin-1")[:200], str(status)]
             words += [f"{name}={value}" for name, value in log.items()]
             print(*words, f"{time.perf_counter() - started:.2f}s", file=sys.stderr, flush=True)
 
     def _refusal(self, request: Request) -> ApiError | None:
+        if self._running > REQUESTS:
+            return ApiError(503, f"{REQUESTS} requests are open already; try again later", code="overloaded")
         name = re.sub(r":\d*$", "", request.headers.get("host", "")).lower()
         if self._settings.hosts is not None and name not in self._settings.hosts:
             # A web page reaches a loopback server by a name of its own that it points at 127.0.0.1 (DNS rebinding).
@@ -296,21 +304,47 @@ def listen(host: str, port: int) -> socket.socket:
 
 def hosts(listener: socket.socket) -> frozenset[str] | None:
     """The names for a loopback address; None for any other, which may have any name."""
-    address = ipaddress.ip_address(listener.getsockname()[0])
-    return frozenset({"localhost", "127.0.0.1", "[::1]", str(address)}) if address.is_loopback else None
+    host = listener.getsockname()[0]
+    address = ipaddress.ip_address(host)
+    address = getattr(address, "ipv4_mapped", None) or address
+    return frozenset({"localhost", "127.0.0.1", "[::1]", host, f"[{host}]"}) if address.is_loopback else None
 
 
 class _Connection(H11Protocol):
-    """uvicorn's, with an end to waiting for headers: its own timer runs between requests only."""
+    """uvicorn's, with an end to waiting: its own timer runs between requests only."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        if len(self.connections) >= CONNECTIONS:
+            self.transport = transport
+            transport.abort()
+            return
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # so that writing is paused until everything is taken
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def data_received(self, data: bytes) -> None:
         # As uvicorn's, but the timer goes on until handle_events has a whole request.
         self.conn.receive_data(data)
         self.handle_events()
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:  # the request was answered, or is being, before its body went wrong
+            self.transport.close()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(READ_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._unread.cancel()
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.cycle is not None and self.cycle.more_body:  # a request that has not arrived
+            self.transport.close()
 
 
 class _Server(uvicorn.Server):
@@ -326,7 +360,13 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._worker.stop()
+        asyncio.get_running_loop().call_later(GRACE_SECONDS, self._cut_off)
         await super().shutdown(sockets)
+
+    def _cut_off(self) -> None:
+        for connection in list(self.server_state.connections):
+            assert isinstance(connection, _Connection)
+            connection.transport.abort()
 
 
 def run(worker: Worker, settings: Settings, listener: socket.socket) -> None:
@@ -341,8 +381,7 @@ def run(worker: Worker, settings: Settings, listener: socket.socket) -> None:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        limit_concurrency=CONNECTIONS,
+        backlog=CONNECTIONS,  # asyncio accepts as many in one go, before it asks about any
         timeout_keep_alive=HEADER_SECONDS,
-        timeout_graceful_shutdown=GRACE_SECONDS,
     )
     _Server(config, worker).run(sockets=[listener])

@@ -15,9 +15,8 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm import stream_generate
-from mlx_lm.sample_utils import make_sampler
 
-from mlx_lora import model
+from mlx_lora import generation, model
 from mlx_lora.config import Model
 from mlx_lora.live import LiveAdapters
 from mlx_lora.server.protocol import ApiError, Finish
@@ -123,8 +122,7 @@ class Worker:
     @property
     def context(self) -> int | None:
         """The tokens that the model has positions for, where its config says so."""
-        length = self._base.config.get("max_position_embeddings")
-        return length if isinstance(length, int) else None
+        return generation.context_length(self._base)
 
     def stop(self) -> None:
         """Ends the running request, and those that wait, with an error."""
@@ -172,7 +170,7 @@ class Worker:
                 self._base.tokenizer,
                 job.prompt,
                 max_tokens=job.max_tokens,
-                sampler=make_sampler(temp=job.temperature, top_p=job.top_p),
+                sampler=generation.sampler(job.temperature, job.top_p),
                 logits_processors=_penalties(job),
                 prompt_progress_callback=go_on,  # long prompts come in parts
             )
