@@ -4,6 +4,7 @@ Set up for comparisons: float32 cache, no flash attention.
 """
 
 import ctypes
+import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,6 +58,9 @@ def _context_params(api: ctypes.CDLL, length: int) -> Params:
     words = list(struct.unpack("<128i", bytes(params.bytes)))
     assert words[0] == 512  # n_ctx
     words[0] = length
+    threads = words.index(4)
+    assert words[threads : threads + 2] == [4, 4]  # n_threads and n_threads_batch
+    words[threads : threads + 2] = [min(4, os.cpu_count() or 1)] * 2  # more than there are cores wait by spinning
     choices = next(place for place in range(128) if words[place : place + 4] == [-1, -1, -1, -1])
     words[choices + 3] = 0  # rope scaling, pooling, attention, flash attention: off
     pair = next(place for place in range(choices + 4, 128) if words[place : place + 2] == [1, 1])
