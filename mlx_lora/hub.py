@@ -18,7 +18,10 @@ USE = {
     "mlx": (
         "hf download {repo} --local-dir adapter\nmlx_lm.generate --model {base} --adapter-path adapter --prompt Hello"
     ),
-    "peft": "from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained({repo!r})",
+    "peft": (
+        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        "model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {repo!r})"
+    ),
     "gguf": "hf download {repo} --local-dir adapter\nllama-cli -m base.gguf --lora adapter/{file} -p Hello",
     "merged": "mlx_lm.generate --model {repo} --prompt Hello",
     "merged-gguf": "hf download {repo} --local-dir model\nllama-cli -m model/{file} -p Hello",

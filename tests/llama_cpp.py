@@ -98,9 +98,6 @@ class LlamaCpp:
         finally:
             self.api.llama_free(context)
 
-    def last_logits(self, tokens: list[int]) -> np.ndarray:
-        return self.logits(tokens)[-1]
-
     def answer(self, prompt: list[int], stops: set[int], max_tokens: int = 256) -> list[int]:
         """The greedy continuation, without the stop token."""
         context = self._context(len(prompt) + max_tokens)
