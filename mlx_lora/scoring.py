@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import mlx.nn as nn
 
 from mlx_lora.batches import Batches
-from mlx_lora.head import logits_function
-from mlx_lora.loss import arrays, batch_loss
+from mlx_lora.head import output_of
+from mlx_lora.loss import arrays, batch_score
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Score:
 def score(model: nn.Module, batches: Batches) -> Score:
     """Scores every row once, in a fixed order, with each supervised token counting alike; draws no random numbers."""
     total, tokens = 0.0, 0
-    logits = logits_function(model)
+    output = output_of(model)
     for batch in batches.in_order():
-        total += float(batch_loss(logits, arrays(batch)).item())
+        total += float(batch_score(output, arrays(batch)).item())
         tokens += batch.supervised
     return Score(total / tokens, tokens)
