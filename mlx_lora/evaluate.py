@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_lora import adapter_files, config_file, data, generation, lora, model
-from mlx_lora.batches import Batches
+from mlx_lora.batches import valid_batches
 from mlx_lora.config import Data
 from mlx_lora.data import Row
 from mlx_lora.errors import InputError, exit_code
@@ -42,7 +42,7 @@ def _main() -> None:
     dataset = data.tokenize(rows, base.tokenizer, config.data)
     for line in dataset.account("rows"):
         console.print(line, markup=False, soft_wrap=True)
-    batches = Batches(dataset.examples, config.train.batch_size, 0)
+    batches = valid_batches(config, dataset.examples)
     used = {example.place for example in dataset.examples}
     rows = [row for row in rows if row.place in used]
     questions = _questions(rows, base.tokenizer, config.data, options.answers) if options.answers else []

@@ -18,7 +18,7 @@ import transformers
 
 from mlx_lora import config_file, data, lora, model
 from mlx_lora.adapter_files import mlx_form
-from mlx_lora.batches import Batches
+from mlx_lora.batches import Batches, train_batches
 from mlx_lora.config import Config, Lora, Model
 from mlx_lora.data import Example
 from mlx_lora.optim import learning_rate, make_optimizer
@@ -78,7 +78,7 @@ def train_here(network: nn.Module, options: Config, batches: Batches, steps: int
     step = Step(network, make_optimizer(options.train), options.train)
     state = step.initial_state()
     before, losses, norms = as_peft(state.adapter), [], []
-    for number, micro in enumerate(batches.steps(options.train.gradient_accumulation_steps, 0, steps)):
+    for number, micro in enumerate(batches.steps(0, steps)):
         state, outcome = step(state, micro, learning_rate(options.train, number, steps), number)
         losses.append(outcome.loss.item())
         norms.append(outcome.gradient_norm.item())
@@ -136,7 +136,7 @@ def train_with_peft(
         weight_decay=adamw.weight_decay,
     )
     losses, norms = [], []
-    for micro in batches.steps(options.train.gradient_accumulation_steps, 0, steps):
+    for micro in batches.steps(0, steps):
         parts = [padded([batches.examples[row] for row in batch.rows]) for batch in micro]
         supervised = [int((part["labels"][:, 1:] != -100).sum()) for part in parts]
         optimizer.zero_grad()
@@ -195,9 +195,9 @@ def test_twenty_steps_of_a_real_model_equal_peft(smollm2_folder: Path) -> None:
     lengths = [example.tokens.size for example in examples]
     assert min(lengths) < 16
     assert max(lengths) > 36
-    batches, steps = Batches(examples, options.train.batch_size, options.train.seed), 20
-    assert len(batches) == steps
-    assert any((batch.mask.sum(1) != batch.mask.shape[1]).any() for batch in map(batches.collate, batches.epoch(0)))
+    batches, steps = train_batches(options, examples), 20
+    assert batches.steps_per_epoch == steps
+    assert any((batch.mask.sum(1) != batch.mask.shape[1]).any() for [batch] in batches.steps(0, steps))
 
     ours = train_here(base.model, options, batches, steps)
     network = attach_peft(smollm2_folder, options.lora, list(lora.layers(base.model)))
@@ -249,12 +249,13 @@ def ragged(count: int) -> list[Example]:
 
 def test_accumulation_over_ragged_rows_equals_peft(tiny: Path) -> None:
     """Micro-batches of unequal numbers of supervised tokens, and a last update of fewer micro-batches."""
-    options = settings(4, "all-linear", batch_size=3, gradient_accumulation_steps=3)
-    batches = Batches(ragged(22), options.train.batch_size, options.train.seed)
-    assert len(batches) == 8
-    steps = 3 * batches.steps_per_epoch(3)
-    updates = list(batches.steps(3, 0, steps))
-    assert [len(update) for update in updates] == [3, 3, 2] * 3
+    options = settings(4, "all-linear", batch_size=3, gradient_accumulation_steps=3, max_grad_norm=0.6)
+    batches = train_batches(options, ragged(22))
+    steps = 3 * batches.steps_per_epoch
+    updates = list(batches.steps(0, steps))
+    counts = [sum(len(batch.rows) for batch in update) for update in updates]
+    assert (len(counts), sum(counts), max(counts)) == (9, 3 * 22, 9)
+    assert max(counts[2::3]) <= 6
     assert all(len({batch.supervised for batch in update}) > 1 for update in updates)
 
     network, _ = mlx_lm.utils.load_model(tiny)
@@ -264,7 +265,7 @@ def test_accumulation_over_ragged_rows_equals_peft(tiny: Path) -> None:
     )
 
     report(ours, theirs)
-    assert max(ours.norms) > 1
+    assert min(ours.norms) < 0.6 < max(ours.norms)  # clipping acts, at times
     np.testing.assert_allclose(ours.losses, theirs.losses, rtol=2e-6)
     np.testing.assert_allclose(ours.norms, theirs.norms, rtol=1e-5)
     assert furthest(ours.after, theirs.after) < 1e-3
@@ -275,7 +276,7 @@ def test_a_saved_adapter_in_pefts_shape_gives_the_same_logits(tiny: Path, tmp_pa
     network, _ = mlx_lm.utils.load_model(tiny)
     ids = np.random.default_rng(2).integers(0, 260, (2, 50))
     without = np.array(network(mx.array(ids)))
-    batches = Batches(ragged(20), options.train.batch_size, options.train.seed)
+    batches = train_batches(options, ragged(20))
     train_here(network, options, batches, 10)
     ours = np.array(network(mx.array(ids)))
     described = mlx_form.settings(lora.attached(network), len(network.layers))
