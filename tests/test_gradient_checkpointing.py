@@ -1,0 +1,174 @@
+"""Gradient checkpointing at every level: the same numbers in less memory, and nothing else changed."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import tiny
+from mlx_lm.models import lfm2, mamba2, mixtral
+
+from mlx_lora import lora
+from mlx_lora.config import Lora
+from mlx_lora.errors import InputError
+from mlx_lora.gradient_checkpointing import checkpoint_blocks
+
+LEVELS = ["mlp", 3, 2, True]
+
+
+def adapted(name: str = "llama", dropout: float = 0.3, **shape: Any) -> nn.Module:
+    model = tiny.BUILDERS[name](**{"num_hidden_layers": 4, **shape})
+    lora.attach(model, Lora(rank=4, alpha=8.0, dropout=dropout, target_modules="all-linear"), seed=1)
+    tiny.randomize(model)
+    return model
+
+
+def gradients(model: nn.Module, ids: mx.array, compiled: bool = False) -> dict[str, mx.array]:
+    """Of a sum over the logits, for every adapter array; the model is left as it was."""
+
+    def loss(adapter: dict[str, mx.array]) -> mx.array:
+        lora.set_parameters(model, adapter)
+        return mx.sin(model(ids)).sum()
+
+    adapter = lora.parameters(model)
+    lora.set_dropout_key(model, mx.random.key(5))
+    try:
+        return (mx.compile(mx.grad(loss)) if compiled else mx.grad(loss))(adapter)
+    finally:
+        lora.set_dropout_key(model, None)
+        lora.set_parameters(model, adapter)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("name", "compiled"), [("llama", False), ("llama", True), ("qwen3_moe", False)])
+def test_no_bit_of_a_gradient_changes(name, compiled, level):
+    kept, recomputed = adapted(name), adapted(name)
+    checkpoint_blocks(recomputed, level)
+    expected = tiny.copies(gradients(kept, tiny.tokens(), compiled))
+    tiny.assert_identical(tiny.copies(gradients(recomputed, tiny.tokens(), compiled)), expected)
+    without = tiny.copies(gradients(adapted(name, dropout=0.0), tiny.tokens()))
+    assert any(not np.array_equal(without[path], expected[path]) for path in expected)  # dropout did something
+
+
+def test_each_level_keeps_less_memory_than_the_one_before():
+    ids, peaks = tiny.tokens(4, 256), []
+    for level in (None, *LEVELS):
+        model = adapted(dropout=0.0, num_hidden_layers=6, vocab_size=128)
+        if level is not None:
+            checkpoint_blocks(model, level)
+        mx.eval(model.parameters())
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(gradients(model, ids))
+        peaks.append(mx.get_peak_memory() - before)
+    none, *some, every = peaks  # MLX's scheduler runs ahead: neighbours may come close to each other
+    assert all(less < 0.95 * none for less in some)
+    assert every < min(some)
+    assert every < 0.6 * none
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_only_the_parts_of_its_model_that_the_level_names_change(level):
+    other, model = adapted(), adapted()
+    checkpoint_blocks(model, level)
+    blocks = [f"model.layers.{number}" for number in range(4)]
+    expected = [f"{block}.mlp" for block in blocks] if level == "mlp" else blocks[:: int(level)]
+    assert changed(model, other) == expected
+    assert changed(adapted(), other) == []
+    assert list(lora.parameters(model)) == list(lora.parameters(other))
+
+
+def changed(model: nn.Module, other: nn.Module) -> list[str]:
+    """The paths of modules that are called otherwise than those of another model."""
+    others = dict(other.named_modules())
+    return sorted(
+        path for path, module in model.named_modules() if type(module).__call__ is not type(others[path]).__call__
+    )
+
+
+def of_mixtral() -> nn.Module:
+    return mixtral.Model(
+        mixtral.ModelArgs("mixtral", 128, 32, 48, 4, num_attention_heads=4, num_key_value_heads=2, num_local_experts=2)
+    )
+
+
+def of_lfm2() -> nn.Module:
+    return lfm2.Model(
+        lfm2.ModelArgs(
+            "lfm2", vocab_size=128, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=64, norm_eps=1e-5, conv_bias=False, conv_L_cache=3, block_dim=32, block_ff_dim=64,
+            block_multiple_of=8, block_ffn_dim_multiplier=1.0, block_auto_adjust_ff_dim=False, rope_theta=1e4,
+            full_attn_idxs=[1],
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("build", "name"), [(of_mixtral, "block_sparse_moe"), (of_lfm2, "feed_forward")])
+def test_mlps_are_found_under_other_names(build, name):
+    model = build()
+    checkpoint_blocks(model, "mlp")
+    assert changed(model, build()) == [f"model.layers.{number}.{name}" for number in range(4)]
+
+
+def test_blocks_without_mlps_are_refused():
+    model = mamba2.Model(
+        mamba2.ModelArgs(
+            "mamba2", num_heads=4, head_dim=16, vocab_size=128, hidden_size=32, intermediate_size=64, state_size=8,
+            num_hidden_layers=2, layer_norm_epsilon=1e-5, conv_kernel=4, n_groups=1, use_bias=False,
+            use_conv_bias=True, tie_word_embeddings=True, time_step_limit=(0.0, 100.0), time_step_rank="auto",
+        )
+    )  # fmt: skip
+    with pytest.raises(InputError, match="no block has an MLP"):
+        checkpoint_blocks(model, "mlp")
+
+
+class Gated(nn.Module):
+    """A block that takes an array by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = mx.array([0.5, -2.0])
+
+    def __call__(self, x: mx.array, *, gate: mx.array, fail: bool = False) -> mx.array:
+        if fail:
+            raise RuntimeError("on purpose")
+        return mx.sin(self.weight * x) * gate
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [Gated()]
+
+
+def test_gradients_reach_arrays_that_are_given_by_name():
+    x, gate = mx.array([1.0, 2.0]), mx.array([3.0, 4.0])
+    expected, actual = (
+        mx.grad(lambda x, gate, block=block: block(x, gate=gate).sum(), argnums=(0, 1))(x, gate)
+        for block in (Gated(), checkpointed_gated())
+    )
+    assert all(mx.array_equal(one, other).item() for one, other in zip(actual, expected, strict=True))
+    assert mx.array_equal(actual[1], mx.sin(mx.array([0.5, -4.0]))).item()
+
+
+def checkpointed_gated() -> nn.Module:
+    model = Stack()
+    checkpoint_blocks(model)
+    return model.layers[0]
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_no_tracer_stays_in_the_model(fail):
+    block = checkpointed_gated()
+    kept = block.weight
+
+    @mx.compile
+    def gradient(x: mx.array, gate: mx.array) -> mx.array:
+        return mx.grad(lambda x: block(x, gate=gate, fail=fail).sum())(x)
+
+    with pytest.raises(RuntimeError, match="on purpose") if fail else nullcontext():
+        gradient(mx.array([1.0, 2.0]), mx.array([3.0, 4.0]))
+    assert block.weight is kept
