@@ -5,6 +5,7 @@ import inspect
 import json
 import shutil
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import huggingface_hub.errors
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_lora import blas, gguf_base
 from mlx_lora.config import Model
@@ -72,7 +73,7 @@ def load(options: Model, weights: bool = True, as_stored: bool = False) -> Base:
     model.freeze()
     model.eval()
     if weights:
-        mx.eval(model.parameters())
+        _evaluate(model)
     return Base(model, tokenizer, config, folder, _identity(options, folder, weights))
 
 
@@ -134,6 +135,24 @@ def device() -> str:
     """The name of the device that MLX computes on, for logs and tables."""
     info = mx.device_info()
     return f"{info.get('device_name', 'unknown')} ({mx.default_device().type.name})"
+
+
+def describe(model: nn.Module) -> str:
+    """The size and form of a base without adapter, such as "0.35 GB: 4 bits in groups of 64, the rest bfloat16"."""
+    packed: Counter[str] = Counter()
+    dense: Counter[str] = Counter()
+    for _, module in model.named_modules():
+        for name, array in module.items():
+            if not isinstance(array, mx.array) or name.startswith("_"):
+                continue
+            if "scales" in module and name in ("weight", "scales", "biases"):
+                packed[f"{module.bits} bits in groups of {module.group_size}"] += array.nbytes
+            else:
+                dense[str(array.dtype).rpartition(".")[2]] += array.nbytes
+    forms = [form for form, _ in packed.most_common()]
+    rest = " and ".join(name for name, _ in dense.most_common())
+    size = (packed.total() + dense.total()) / 1e9
+    return f"{size:.2f} GB: " + ", ".join([*forms, f"the rest {rest}" if forms else rest])
 
 
 def prepare_device() -> list[str]:
@@ -279,15 +298,13 @@ def _words(error: Exception) -> str:
 
 
 def _set_precision(model: nn.Module, options: Model, config: dict[str, Any], as_stored: bool) -> None:
-    """Casts and quantizes layer by layer, unevaluated."""
+    """Casts and quantizes, unevaluated."""
     quantized = any(name.endswith(".scales") for name, _ in tree_flatten(model.parameters()))
     quantized = quantized or "quantization" in config or "quantization_config" in config
     if options.quantize and quantized:
         raise InputError(f"model.quantize: {options.path} is quantized already; remove model.quantize")
-    if options.dtype != "auto":
-        model.set_dtype(getattr(mx, options.dtype))
-    elif mx.default_device() == mx.cpu and (options.quantize or not as_stored):
-        model.set_dtype(mx.float32)
+    if dtype := compute_type(options, mx.default_device() == mx.cpu, as_stored):
+        _cast(model, dtype)
     if options.quantize:
         layers = {path: module for path, module in model.named_modules() if hasattr(module, "to_quantized")}
         forms = quantized_forms(model, layers, options.quantize.bits, options.quantize.group_size)
@@ -297,6 +314,43 @@ def _set_precision(model: nn.Module, options: Model, config: dict[str, Any], as_
                 "use a smaller one"
             )
         nn.quantize(model, class_predicate=lambda path, _: forms.get(path, False))
+
+
+def compute_type(options: Model, on_cpu: bool, as_stored: bool) -> mx.Dtype | None:
+    """What a base is cast to before it is quantized or used; None: it keeps the types that it is stored in.
+
+    A CPU is fast in float32 only. Elsewhere a base that is quantized on load computes in bfloat16 however it is
+    stored: float16 overflows in training, and float32 would double the activations of a base made small.
+    """
+    if options.dtype != "auto":
+        dtype: mx.Dtype = getattr(mx, options.dtype)
+        return dtype
+    if options.quantize:
+        return mx.float32 if on_cpu else mx.bfloat16
+    return mx.float32 if on_cpu and not as_stored else None
+
+
+def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Casts the floating-point parameters, but none to fewer bits that the model wants whole (as mlx-lm's convert)."""
+    chosen = getattr(model, "cast_predicate", None) if dtype != mx.float32 else None
+
+    def cast(path: str, array: mx.array) -> mx.array:
+        wanted = mx.issubdtype(array.dtype, mx.floating) and (chosen is None or chosen(path))
+        return array.astype(dtype) if wanted else array
+
+    model.update(tree_map_with_path(cast, model.parameters()))
+
+
+def _evaluate(model: nn.Module) -> None:
+    """Reads, casts and quantizes the weights one array after the other.
+
+    All at once, many sources would be in memory beside what is made of them. Here the peak is the resulting model and
+    one layer's source; the largest layers, the embedding and the head, come first, while little else is there.
+    """
+    parameters = tree_flatten(model.parameters())
+    for _, array in sorted(parameters, key=lambda item: any(part.isdigit() for part in item[0].split("."))):
+        mx.eval(array)
+    mx.clear_cache()  # buffers of the sources' sizes, which nothing else has
 
 
 def quantized_forms(

@@ -404,6 +404,106 @@ def test_a_group_size_that_divides_nothing_is_refused(make: Maker) -> None:
     refusal(make(), "model.quantize.group_size", "128", quantize=Quantize(group_size=128))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "quantize", "as_stored", "cpu", "gpu"),
+    [
+        ("auto", None, False, mx.float32, None),
+        ("auto", None, True, None, None),
+        ("auto", Quantize(), False, mx.float32, mx.bfloat16),
+        ("auto", Quantize(), True, mx.float32, mx.bfloat16),
+        ("float16", None, False, mx.float16, mx.float16),
+        ("float16", Quantize(), True, mx.float16, mx.float16),
+    ],
+)
+def test_what_a_base_computes_in(dtype: Any, quantize: Quantize | None, as_stored: bool, cpu: Any, gpu: Any) -> None:
+    options = Model(path="x", dtype=dtype, quantize=quantize)
+    assert model.compute_type(options, True, as_stored) == cpu
+    assert model.compute_type(options, False, as_stored) == gpu
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+def test_a_base_quantized_on_load_is_not_in_float16(make: Maker, stored: str) -> None:
+    folder = make()
+    cast = {name: array.astype(getattr(mx, stored)) for name, array in arrays(folder).items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), cast)
+    wanted = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
+    assert dtypes(load(folder, quantize=Quantize(group_size=32)).model) == {mx.uint32, wanted}
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("bfloat16", "float32"), ("float32", "float32")])
+def test_what_a_model_wants_whole_is_not_cast_to_fewer_bits(make: Maker, name: str, wanted: str) -> None:
+    """Such as the bias that decides which experts a token goes to; mlx-lm's convert leaves it too."""
+    folder = make("glm4_moe", n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_group=1)
+    loaded = dict(tree_flatten(load(folder, dtype=name).model.parameters()))
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert loaded[bias].dtype == getattr(mx, wanted)
+    assert {array.dtype for path, array in loaded.items() if path != bias} == {getattr(mx, name)}
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def peak_of_loading(folder: Path, **options: Any) -> tuple[int, int]:
+    """The peak of memory while a base is loaded, and the bytes of the result."""
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    base = load(folder, **options)
+    assert mx.get_cache_memory() == 0  # no source's buffer is kept
+    return mx.get_peak_memory() - before, sum(array.nbytes for _, array in tree_flatten(base.model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored", "options", "widths"),
+    [
+        ("llama", "float32", {"quantize": Quantize()}, 4),
+        ("llama", "bfloat16", {"quantize": Quantize()}, 2 + 4),  # on a CPU, read and cast
+        ("llama", "float32", {"dtype": "bfloat16"}, 4),
+        ("llama", "bfloat16", {}, 2),
+        ("llama", "float32", {}, 0),
+        ("qwen3_moe", "float32", {"quantize": Quantize()}, 4 + 4),  # read, and stacked by mlx-lm
+        ("qwen3_moe", "float32", {"dtype": "bfloat16"}, 4 + 4),
+        ("qwen3_moe", "float32", {}, 4),
+    ],
+)
+def test_the_peak_of_loading_is_the_result_and_one_layer(
+    make: Maker, kind: str, stored: str, options: dict[str, Any], widths: int
+) -> None:
+    """Of 15 to 60 MB. `widths`: bytes per weight of the largest layer that are there beside the result."""
+    experts = {"num_experts": 8, "moe_intermediate_size": 512} if kind == "qwen3_moe" else {}
+    folder = make(kind, hidden_size=256, intermediate_size=1024, num_hidden_layers=6, vocab_size=4096, **experts)
+    source = {name: array.astype(getattr(mx, stored)) for name, array in arrays(folder).items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), source)
+    del source
+    peak, result = peak_of_loading(folder, **options)
+    assert peak <= result + 4096 * 256 * widths + 300_000
+
+
+def test_the_head_is_read_while_little_else_is_there(make: Maker) -> None:
+    folder = make(hidden_size=256, intermediate_size=1024, num_hidden_layers=8, vocab_size=16384)
+    head = arrays(folder)["lm_head.weight"].nbytes
+    peak, result = peak_of_loading(folder, quantize=Quantize())
+    assert head < peak < head + 0.7 * result
+
+
+def test_the_form_of_a_base_is_told(make: Maker) -> None:
+    folder = make("qwen3_moe", hidden_size=256, vocab_size=16384)
+
+    def told(**options: Any) -> tuple[str, str]:
+        network = load(folder, **options).model
+        size, form = model.describe(network).split(" GB: ")
+        assert size == f"{lora.count(network).base_bytes / 1e9:.2f}"
+        return size, form
+
+    assert told(dtype="float32") == ("0.03", "float32")
+    assert told(dtype="bfloat16") == ("0.02", "bfloat16")
+    wanted = "4 bits in groups of 32, 8 bits in groups of 64, the rest bfloat16"
+    assert told(dtype="bfloat16", quantize=Quantize(group_size=32)) == ("0.01", wanted)
+    base = load(folder, dtype="bfloat16")
+    base.model.model.norm.set_dtype(mx.float32)
+    assert model.describe(base.model).endswith(": bfloat16 and float32")
+
+
 # ---- structure only --------------------------------------------------------------------------------------------------
 
 
