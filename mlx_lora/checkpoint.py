@@ -25,6 +25,8 @@ OPTIMIZER = "optimizer.safetensors"
 BEST = "best.safetensors"
 PROGRESS = "progress.json"
 MANIFEST = "manifest.json"
+# Of the training options, those that change how an update is computed, not which rows it holds.
+COMPUTED = ("batch_tokens", "loss_chunk", "gradient_checkpointing", "prefix_cache", "prefix_cache_limit")
 
 Saved = tuple[dict[str, mx.array], dict[str, str]]  # an adapter and its metadata
 
@@ -118,10 +120,16 @@ def restore(folder: Path, initial: State) -> tuple[State, Saved | None]:
 def check(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Raises InputError naming every difference between the run's settings at the checkpoint and now.
 
-    Other versions of the libraries are no error, since nobody can be asked to go back: they are returned as notes.
+    Other versions of the libraries are no error, since nobody can be asked to go back, and neither are other ways to
+    compute an update, which may be what saves a run: they are returned as notes.
     """
-    versions = _differences(then.get("versions"), now["versions"])
-    differences = _differences(then | {"versions": None}, now | {"versions": None})
+    if then.get("order") != now["order"]:
+        raise InputError(
+            f"{folder}: cannot be resumed: it was written by an mlx_lora that ordered rows otherwise; "
+            "start a new run in another output_dir"
+        )
+    notable = _differences(_notable(then), _notable(now))
+    differences = _differences(_binding(then), _binding(now))
     if differences:
         raise InputError(
             "\n       ".join(
@@ -132,7 +140,17 @@ def check(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> list[str]:
                 ]
             )
         )
-    return [f"{difference}: the rest of the run may differ in the last digits" for difference in versions]
+    return [f"{difference}: the rest of the run may differ in the last digits" for difference in notable]
+
+
+def _notable(contract: dict[str, Any]) -> dict[str, Any]:
+    train = contract.get("train") or {}
+    return {"versions": contract.get("versions"), "train": {name: train.get(name) for name in COMPUTED}}
+
+
+def _binding(contract: dict[str, Any]) -> dict[str, Any]:
+    train = {name: value for name, value in (contract.get("train") or {}).items() if name not in COMPUTED}
+    return contract | {"versions": None, "train": train}
 
 
 def _differences(then: Any, now: Any, prefix: str = "") -> list[str]:

@@ -43,7 +43,9 @@ class Model(Options):
     path: Name = Field(description="hub id, local folder, or .gguf file")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="float32 | bfloat16 | float16 | auto: as stored, but float32 on a CPU"
+        "auto",
+        description="float32 | bfloat16 | float16 | auto: as stored, but float32 on a CPU, and elsewhere bfloat16 "
+        "where the base is quantized on load",
     )
     quantize: Quantize | None = Field(None, description="quantize the base on load: {bits, group_size}")
 
@@ -63,6 +65,9 @@ class Data(Options):
     max_seq_length: int = Field(2048, ge=2, description="longest row, in tokens")
     on_overflow: Literal["truncate", "drop", "error"] = Field(
         "truncate", description="what happens to longer rows: truncate | drop | error"
+    )
+    packing: bool = Field(
+        False, description="lay the rows of a batch end to end, each seeing only itself: for very short rows"
     )
 
 
@@ -179,14 +184,37 @@ class Train(Options):
     max_steps: int | None = Field(
         None, ge=1, description="optimizer updates after which the run ends, if not before; null: no limit"
     )
-    batch_size: int = Field(4, ge=1, description="rows in a forward pass")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="forward passes in an optimizer update")
+    batch_size: int = Field(4, ge=1, description="rows of about one length that are computed together")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="batches in an optimizer update")
+    batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="most tokens in a forward pass, padding counted: larger batches are computed in parts, with the "
+        "same result; null: no limit",
+    )
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate")
     schedule: Schedule = Schedule()
     optimizer: Optimizer = AdamW()
     max_grad_norm: float | None = Field(1.0, gt=0, description="clips the global norm of the gradient; null: never")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over the vocabulary")
-    gradient_checkpointing: bool = Field(False, description="recompute each block in the backward pass: less memory")
+    gradient_checkpointing: bool | Literal["mlp"] | Annotated[int, Field(ge=2)] = Field(
+        False,
+        description="recompute in the backward pass what takes memory: true: every block | mlp: only the MLPs | "
+        "a number k: every k-th block",
+    )
+    loss_chunk: int | None = Field(
+        None, ge=1, description="positions whose logits are computed at a time; null: as many as keep the device busy"
+    )
+    prefix_cache: Literal["auto", "memory", "disk", "never"] = Field(
+        "auto",
+        description="keep what the frozen blocks below the lowest adapted one give: auto (from two epochs on) | memory "
+        "| disk | never",
+    )
+    prefix_cache_limit: float = Field(8.0, gt=0, description="GB that the prefix cache may take")
+    plan: Literal["manual", "auto"] = Field(
+        "manual",
+        description="auto: choose batch_tokens, loss_chunk and gradient_checkpointing for the memory there is",
+    )
     seed: int = Field(
         0, ge=0, lt=2**32, description="random seed of the adapter's start, the order of rows and the dropout"
     )
@@ -195,6 +223,10 @@ class Train(Options):
     def _consistent(self) -> "Train":
         if self.epochs is None and self.max_steps is None:
             raise ValueError("train needs epochs or max_steps")
+        if self.plan == "auto":
+            for name in ("batch_tokens", "loss_chunk", "gradient_checkpointing"):
+                if getattr(self, name) not in (None, False):
+                    raise ValueError(f"train.plan: auto chooses train.{name} itself; remove one of the two")
         if self.schedule.min_lr > self.learning_rate:
             raise ValueError(
                 f"train.schedule.min_lr ({self.schedule.min_lr:g}) is above train.learning_rate "

@@ -11,18 +11,19 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_lora import adapter_files, checkpoint, files, generation, lora, metrics
+from mlx_lora import adapter_files, checkpoint, files, generation, lora, memory, metrics, prefix
 from mlx_lora.adapter_files import mlx_form
-from mlx_lora.batches import Batch, Batches
+from mlx_lora.attention import Attention
+from mlx_lora.batches import Batch, Batches, train_batches, valid_batches
 from mlx_lora.checkpoint import Progress
 from mlx_lora.config import Config
 from mlx_lora.data import Dataset
 from mlx_lora.errors import InputError, Interrupted
-from mlx_lora.gradient_checkpointing import checkpoint_blocks
 from mlx_lora.model import Base, can_compile
 from mlx_lora.optim import learning_rate, make_optimizer
+from mlx_lora.prefix import PrefixCache
 from mlx_lora.scoring import score
-from mlx_lora.step import Outcome, State, Step
+from mlx_lora.step import Outcome, State, Step, prepared
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -55,10 +56,9 @@ class Run:
     log: metrics.Log = field(default_factory=metrics.Log)
 
     def __post_init__(self) -> None:
-        options = self.config.train
         self.folder = Path(self.config.output_dir)
-        self.batches = Batches(self.train.examples, options.batch_size, options.seed)
-        self.valid_batches = Batches(self.valid.examples, options.batch_size, 0) if self.valid else None
+        self.batches = train_batches(self.config, self.train.examples)
+        self.valid_batches = valid_batches(self.config, self.valid.examples) if self.valid else None
         self.steps = total_steps(self.config, self.batches)
         self.best: checkpoint.Saved | None = None
         self.settings = mlx_form.settings(
@@ -74,9 +74,17 @@ class Run:
         if progress.finished:
             self.log.say("this run has ended already")
             return self._result(progress)
-        if self.config.train.gradient_checkpointing:
-            checkpoint_blocks(self.base.model)
-        step = Step(self.base.model, make_optimizer(self.config.train), self.config.train, can_compile())
+        with prepared(self.base.model, self.config.train) as attention, memory.limits(memory.available()):
+            self._fit(attention, progress, resume_from)
+        return self._result(progress)
+
+    def _fit(self, attention: Attention, progress: Progress, resume_from: Path | None) -> None:
+        options, model = self.config.train, self.base.model
+        if self.config.data.packing:
+            attention.require_packed(self.config.model.path, self.batches.largest().inputs.shape[1])
+        self.prefix = self._prefix_cache()
+        step = Step(model, make_optimizer(options), options, can_compile(), attention, self.prefix)
+        self._say_layout(step)
         state = step.initial_state()
         if resume_from is not None:
             state, self.best = checkpoint.restore(resume_from, state)
@@ -92,13 +100,41 @@ class Run:
                 self._steps(step, state, progress, signals)
         finally:
             self.log.close()
-        return self._result(progress)
+
+    def _prefix_cache(self) -> PrefixCache | None:
+        """What the blocks below the lowest adapted one give for every row, where it is worth keeping."""
+        options, model = self.config.train, self.base.model
+        first = prefix.first_adapted_block(model)
+        if options.prefix_cache == "never" or (options.prefix_cache == "auto" and first == 0):
+            return None
+        against = prefix.unusable(model)
+        where, said = prefix.choose(
+            options.prefix_cache,
+            against,
+            self.steps / self.batches.steps_per_epoch,
+            0 if against else prefix.size(model, self.batches),
+            options.prefix_cache_limit * 1e9,
+            memory.available() / 10,
+        )
+        if said:
+            self.log.say(said)
+        return (
+            None if where == "never" else PrefixCache(model, self.batches, None if where == "memory" else self.folder)
+        )
+
+    def _say_layout(self, step: Step) -> None:
+        """What a step computes, as far as it is not plain from the config."""
+        self.log.say(f"padding efficiency {self.batches.padding_efficiency:.2f}: real tokens of those computed")
+        if step.output.whole:
+            self.log.say(f"logits are computed at every position: {step.output.whole}")
+        if step.output.adapted:
+            self.log.say("all logits of a batch are in memory at once: the output head is adapted")
 
     def _steps(self, step: Step, state: State, progress: Progress, signals: "_Signals") -> None:
         config, skipped_in_a_row = self.config, 0
-        accumulate = config.train.gradient_accumulation_steps
         clock = time.perf_counter()
-        for micro_batches in self.batches.steps(accumulate, progress.step, self.steps):
+        kept = self.prefix.inputs if self.prefix else None
+        for micro_batches in self.batches.steps(progress.step, self.steps, kept):
             rate = learning_rate(config.train, progress.step, self.steps)
             state, outcome = step(state, micro_batches, rate, progress.step)
             now = time.perf_counter()
@@ -265,13 +301,12 @@ class Run:
     def _result(self, progress: Progress) -> Result:
         final = progress.valid_loss if progress.valid_loss is not None else progress.loss
         assert final is not None
-        per_epoch = self.batches.steps_per_epoch(self.config.train.gradient_accumulation_steps)
         return Result(
             final_loss=final,
             best_loss=progress.best_loss,
             best_step=progress.best_step,
             steps=progress.step,
-            epochs=progress.step / per_epoch,
+            epochs=progress.step / self.batches.steps_per_epoch,
             tokens=progress.tokens,
             supervised_tokens=progress.supervised_tokens,
             seconds=progress.seconds,
@@ -284,7 +319,7 @@ def total_steps(config: Config, batches: Batches) -> int:
     options = config.train
     limits = [options.max_steps] if options.max_steps is not None else []
     if options.epochs is not None:
-        limits.append(options.epochs * batches.steps_per_epoch(options.gradient_accumulation_steps))
+        limits.append(options.epochs * batches.steps_per_epoch)
     return min(limits)
 
 

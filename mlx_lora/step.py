@@ -1,18 +1,24 @@
 """The training step: a pure function of (adapter, optimizer state, micro-batches, learning rate, step number)."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as mlx_optim
 
-from mlx_lora import lora
+from mlx_lora import lora, swiglu
+from mlx_lora.attention import Attention
 from mlx_lora.batches import Batch
 from mlx_lora.config import Train
-from mlx_lora.head import logits_function
+from mlx_lora.gradient_checkpointing import checkpoint_blocks
+from mlx_lora.head import output_of
 from mlx_lora.loss import Arrays, arrays, batch_loss
 from mlx_lora.optim import initial_state
+from mlx_lora.prefix import PrefixCache
 
 
 @dataclass
@@ -32,21 +38,51 @@ class Outcome:
     applied: mx.array
 
 
+@contextmanager
+def prepared(model: nn.Module, config: Train) -> Iterator[Attention]:
+    """Inside, the model computes as training does: attention and SwiGLU of ours, and blocks or MLPs that recompute what
+    `train.gradient_checkpointing` says. Afterwards its modules have the classes that they had."""
+    kinds = [(module, type(module)) for module in model.modules()]
+    try:
+        attention = Attention.install(model)
+        swiglu.install(model)
+        if config.gradient_checkpointing:
+            checkpoint_blocks(model, config.gradient_checkpointing)
+        yield attention
+    finally:
+        for module, kind in kinds:
+            module.__class__ = kind
+
+
 class Step:
-    """One optimizer update.
+    """One optimizer update of a model that is `prepared`.
 
     The gradient of the summed token losses of all micro-batches is divided once by their supervised tokens, so it is
     the gradient of the mean over the whole update however rows are split. Both halves are compiled: one trace per
     batch shape and one for the update (`traces` counts them). An update with a gradient or a result that is not
     finite leaves the state as it was.
+
+    Args:
+        attention: confines the attention of packed rows to themselves.
+        prefix: gives what the blocks below the lowest adapted one give, which then do not run.
     """
 
-    def __init__(self, model: nn.Module, optimizer: mlx_optim.Optimizer, config: Train, compiled: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: mlx_optim.Optimizer,
+        config: Train,
+        compiled: bool = True,
+        attention: Attention | None = None,
+        prefix: PrefixCache | None = None,
+    ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.config = config
         self.traces = 0
-        self._logits = logits_function(model)
+        self.output = output_of(model)
+        self._attention = attention
+        self._prefix = prefix
         self._accumulate = mx.compile(self._accumulate_eagerly) if compiled else self._accumulate_eagerly
         self._update = mx.compile(self._update_eagerly) if compiled else self._update_eagerly
 
@@ -60,15 +96,15 @@ class Step:
         share = mx.array(1 / max(1, sum(batch.supervised for batch in batches)))
         gradients = {name: mx.zeros_like(array) for name, array in state.adapter.items()}
         loss = mx.array(0.0)
+        keys = mx.random.split(mx.random.key((self.config.seed << 32) + number + 1), len(batches))  # 0: the start
         for micro, batch in enumerate(batches):
-            index = number * self.config.gradient_accumulation_steps + micro + 1  # 0: the adapter's start
-            key = mx.random.key((self.config.seed << 32) + index)
-            loss, gradients = self._accumulate(state.adapter, loss, gradients, arrays(batch), share, key)
-            mx.eval(loss, gradients)  # else the graphs of all micro-batches are alive at once
+            loss, gradients = self._accumulate(state.adapter, loss, gradients, arrays(batch), share, keys[micro])
+            if micro + 1 < len(batches):
+                mx.eval(loss, gradients)  # else the graphs of all micro-batches are alive at once
         adapter, optimizer, norm, applied = self._update(
             state.adapter, state.optimizer, gradients, mx.array(learning_rate)
         )
-        mx.eval(adapter, optimizer, norm, applied)
+        mx.eval(adapter, optimizer, loss, norm, applied)
         return State(adapter, optimizer), Outcome(loss, norm, applied)
 
     def _accumulate_eagerly(
@@ -81,15 +117,23 @@ class Step:
         key: mx.array,
     ) -> tuple[mx.array, dict[str, mx.array]]:
         self.traces += 1
-        kept = lora.parameters(self.model)
+        kept, output = lora.parameters(self.model), self.output
+        if self._prefix is not None:
+            output = replace(output, hidden=partial(self._prefix.rest, inputs=batch["kept"]))
+        confined: Any = nullcontext()
+        if "segments" in batch:
+            assert self._attention is not None
+            confined = self._attention.packed(batch["segments"], batch["window"])
 
         def micro_loss(adapter: dict[str, mx.array]) -> mx.array:
             lora.set_parameters(self.model, adapter)
-            return share * batch_loss(self._logits, batch, self.config.label_smoothing)
+            weighted = batch | {"mask": share * batch["mask"]}
+            return batch_loss(output, weighted, self.config.label_smoothing, self.config.loss_chunk)
 
         lora.set_dropout_key(self.model, key)
         try:
-            value, more = mx.value_and_grad(micro_loss)(adapter)
+            with confined:
+                value, more = mx.value_and_grad(micro_loss)(adapter)
         finally:  # no tracer stays in the model
             lora.set_dropout_key(self.model, None)
             lora.set_parameters(self.model, kept)

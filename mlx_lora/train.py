@@ -8,9 +8,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlx_lora import __version__, adapter_files, checkpoint, config_file, data, files, lora, metrics, model
+import mlx.core as mx
+
+from mlx_lora import (
+    __version__,
+    adapter_files,
+    checkpoint,
+    config_file,
+    data,
+    files,
+    lora,
+    memory,
+    metrics,
+    model,
+    planning,
+)
 from mlx_lora.adapter_files import mlx_form
-from mlx_lora.batches import Batches
+from mlx_lora.batches import ORDER, train_batches
 from mlx_lora.config import Config
 from mlx_lora.data import Dataset
 from mlx_lora.errors import InputError, exit_code
@@ -32,17 +46,19 @@ def finetune(
     start = _start(folder, resume, log)
     base, train, valid = _load(config, log)
     paths = _attach(config, base, config.lora.start_from if start is None else None)
+    then = None if start is None else checkpoint.read_progress(start)
+    if config.train.plan == "auto":
+        config = _planned(config, base, train, log, then[1] if then else None)
     contract = _contract(config, base, train, valid)
-    if start is not None:
-        progress, then = checkpoint.read_progress(start)
-        for note in checkpoint.check(start, then, contract):
+    if start is not None and then is not None:
+        progress, contract_then = then
+        for note in checkpoint.check(start, contract_then, contract):
             log.say(note)
         log.say(f"resuming {folder} at step {progress.step}")
     counts = lora.count(base.model)
     log.say(
         f"adapting {len(paths)} layers: {counts.trainable:,} of {counts.total:,} parameters train "
-        f"({100 * counts.trainable / counts.total:.2f} %); base {counts.base_bytes / 1e9:.2f} GB, "
-        f"adapter {counts.adapter_bytes / 1e6:.1f} MB"
+        f"({100 * counts.trainable / counts.total:.2f} %); adapter {counts.adapter_bytes / 1e6:.1f} MB"
     )
     _write_config(folder, config, base, train, valid)
     result = Run(config, base, train, valid, contract, log).fit(start)
@@ -54,7 +70,7 @@ def finetune(
     return result
 
 
-def plan(config: Config, log: metrics.Log) -> None:
+def dry_run(config: Config, log: metrics.Log) -> None:
     """Prints what a run would do; loads no weights."""
     log.say(config_file.dump(config))
     base, train, _ = _load(config, log, weights=False)
@@ -66,13 +82,15 @@ def plan(config: Config, log: metrics.Log) -> None:
         log.say(f"  {name:16} {number:4} x {shape:16} rank {config.lora.rank}  {number * size:>12,} parameters")
     counts = lora.count(base.model)
     log.say(f"  {counts.trainable:,} of {counts.total:,} parameters train")
-    batches = Batches(train.examples, config.train.batch_size, config.train.seed)
+    batches = train_batches(config, train.examples)
     steps = total_steps(config, batches)
     warmup = warmup_steps(config.train.schedule, steps)
     log.say(
-        f"steps: {steps} ({batches.steps_per_epoch(config.train.gradient_accumulation_steps)} an epoch, "
-        f"{len(batches)} batches of {batches.batch_size} rows)"
+        f"steps: {steps} ({batches.steps_per_epoch} an epoch, of {batches.batch_size * batches.accumulate} rows each); "
+        f"padding efficiency {batches.padding_efficiency:.2f}"
     )
+    if config.train.plan == "auto":
+        log.say("train.plan: auto is made at the start of the run, when the weights are in memory")
     marks = sorted({0, warmup, (warmup + steps) // 2, steps - 1} & set(range(steps)))
     rates = ", ".join(f"step {mark + 1}: {learning_rate(config.train, mark, steps):.3g}" for mark in marks)
     log.say(f"learning rate ({config.train.schedule.name}, {warmup} steps of warmup): {rates}")
@@ -118,7 +136,7 @@ def _load(config: Config, log: metrics.Log, weights: bool = True) -> tuple[Base,
     train_rows, valid_rows = data.load(config.data)
     base = model.load(config.model, weights)
     converted = f", as {base.folder}" if base.folder != Path(config.model.path) else ""
-    log.say(f"model: {config.model.path}{converted}, on {model.device()}")
+    log.say(f"model: {config.model.path}{converted}, on {model.device()}; base {model.describe(base.model)}")
     train = data.tokenize(train_rows, base.tokenizer, config.data)
     valid = data.tokenize(valid_rows, base.tokenizer, config.data) if valid_rows else None
     for line in train.account("train") + (valid.account("valid") if valid else ["valid: none"]):
@@ -151,6 +169,20 @@ def _attach(config: Config, base: Base, start_from: str | None) -> list[str]:
     return paths
 
 
+def _planned(config: Config, base: Base, train: Dataset, log: metrics.Log, contract: dict[str, Any] | None) -> Config:
+    """The config with what `train.plan: auto` chooses in its place; a resumed run keeps what was chosen."""
+    if contract is not None:
+        chosen = {name: contract["train"].get(name) for name in planning.CHOSEN}
+    else:
+        room = int(0.9 * memory.available()) - mx.get_active_memory()  # a tenth is for freed buffers
+        with memory.limits(memory.available()):
+            options, lines = planning.choose(config, base.model, train.examples, room, model.can_compile())
+        for line in lines:
+            log.say(line)
+        chosen = {name: getattr(options, name) for name in planning.CHOSEN}
+    return config.model_copy(update={"train": config.train.model_copy(update={"plan": "manual", **chosen})})
+
+
 def _contract(config: Config, base: Base, train: Dataset, valid: Dataset | None) -> dict[str, Any]:
     """Everything that the numbers of a run depend on: what `--resume` must find unchanged. Rows and weights are told
     by their digests, wherever they lie."""
@@ -162,6 +194,7 @@ def _contract(config: Config, base: Base, train: Dataset, valid: Dataset | None)
         "base": base.identity["digest"],
         "train_rows": train.digest,
         "valid_rows": valid.digest if valid else None,
+        "order": ORDER,
         "versions": {"mlx": version("mlx"), "mlx_lm": version("mlx-lm")},
     }
 
@@ -210,7 +243,7 @@ def _main() -> None:
     mode.add_argument("--dry-run", action="store_true", help="print what would be done, load no weights")
     options = parser.parse_args()
     if options.dry_run:
-        plan(config_file.load(options.config, options.set), metrics.Log())
+        dry_run(config_file.load(options.config, options.set), metrics.Log())
     else:
         finetune(options.config, options.set, options.resume)
 

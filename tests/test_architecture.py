@@ -35,10 +35,16 @@ ORDER = [
     "merging",
     "merged_folder",
     "gguf_model",
+    "exponential",
     "head",
     "loss",
     "optim",
+    "substitution",
+    "attention",
+    "swiglu",
     "gradient_checkpointing",
+    "memory",
+    "prefix",
     "step",
     "scoring",
     "adapter_files.reading",
@@ -56,11 +62,12 @@ ORDER = [
     "server.worker",
     "server.app",
     "server",
+    "planning",
     "loop",
 ]
 COMMANDS = ["train", "generate", "evaluate", "combine", "export", "serve"]
 OWNERS = {  # third-party packages that only these modules may import
-    "mlx_lm": {"model", "generation", "lora.layers", "server.worker"},
+    "mlx_lm": {"attention", "swiglu", "model", "generation", "lora.layers", "server.worker"},
     "huggingface_hub": {"model", "hub"},
     "gguf": {
         "gguf_base.reader",

@@ -266,7 +266,7 @@ def test_loss_of_collated_rows_is_the_mean_over_their_supervised_tokens():
     rows = rows_of([40, 9, 23, 5, 31])
     batches = Batches(rows, 3, seed=0)
     model = adapted()
-    micro = [batches.collate(chosen) for chosen in batches.epoch(0)]
+    micro = [batch for step in batches.steps(0, 2) for batch in step]
     assert sorted(len(batch.rows) for batch in micro) == [2, 3]
     assert len({batch.inputs.shape for batch in micro}) == 2
     _, loss, _ = gradients(model, micro, gradient_accumulation_steps=2)
@@ -439,6 +439,21 @@ def test_gradient_checkpointing_changes_only_the_blocks_of_its_model():
     assert set(lora.parameters(model)) == set(lora.parameters(other))
 
 
+def test_no_two_batches_draw_the_same_dropout():
+    """However many batches there are in an update: their keys, as the step hands them to the model."""
+    step, keys = step_of(adapted(dropout=0.3), gradient_accumulation_steps=2), []
+    accumulate = step._accumulate
+
+    def noting(*arguments):
+        keys.append(tuple(np.array(arguments[-1]).tolist()))
+        return accumulate(*arguments)
+
+    step._accumulate = noting
+    batch = batch_of(rows_of([9, 12]))
+    run(step, [[batch] * number for number in (3, 1, 2, 5)])
+    assert len(set(keys)) == len(keys) == 11
+
+
 def test_gradient_checkpointing_keeps_less_memory():
     batch = batch_of(rows_of([257] * 4), width=256)
     peaks = []
@@ -446,7 +461,7 @@ def test_gradient_checkpointing_keeps_less_memory():
         model = adapted(num_hidden_layers=8)
         if checkpointed:
             checkpoint_blocks(model)
-        step = step_of(model)
+        step = step_of(model, compiled=True)
         state = step.initial_state()
         mx.eval(model.parameters(), state.adapter, state.optimizer)
         mx.clear_cache()

@@ -1,0 +1,174 @@
+"""`train.plan: auto` chooses what fits, says so, and changes no result; what it may choose resumes exactly."""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import tiny
+
+from mlx_lora import checkpoint, config_file, finetune, lora, planning
+from mlx_lora.adapter_files import mlx_form
+from mlx_lora.batches import train_batches
+from mlx_lora.config import Config
+from mlx_lora.data import Example
+from mlx_lora.errors import InputError
+
+LARGE = 10**9
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    model = tiny.llama(num_hidden_layers=6, hidden_size=128, intermediate_size=512, vocab_size=2000)
+    model.freeze()
+    lora.attach(model, config().lora)
+    mx.eval(model.parameters())
+    return model
+
+
+def config(**train) -> Config:
+    return config_file.parse(
+        {
+            "model": "tiny",
+            "data": {"train": "rows"},
+            "lora": {"rank": 4},
+            "train": {"batch_size": 4, "gradient_accumulation_steps": 2, "plan": "auto", **train},
+            "output_dir": "run",
+        }
+    )
+
+
+def rows() -> list[Example]:
+    random = np.random.default_rng(0)
+    return [
+        Example(random.integers(1, 2000, length).astype(np.int32), np.arange(length) >= length // 2, "rows")
+        for length in random.integers(100, 400, 40)
+    ]
+
+
+def test_with_much_memory_nothing_is_changed(model):
+    options, lines = planning.choose(config(), model, rows(), LARGE, compiled=False)
+    assert all(getattr(options, name) in (None, False) for name in planning.CHOSEN)
+    assert "chosen; train.batch_tokens=null, train.loss_chunk=null, train.gradient_checkpointing=false" in lines[-1]
+
+
+def test_with_less_memory_batches_get_smaller_and_then_blocks_are_recomputed(model):
+    """The steps of what is chosen take no more than there is; what was tried before would have taken more."""
+    before = {name: type(module) for name, module in model.named_modules()}
+    sizes, levels = [], []
+    for available in (LARGE, 160_000_000, 55_000_000):
+        options, lines = planning.choose(config(), model, rows(), available, compiled=False)
+        chosen = config().model_copy(update={"train": options})
+        batch = train_batches(chosen, rows()).largest()
+        assert planning._try(options, model, batch, compiled=False).memory < available
+        assert len(lines) == 2 or "too much" in lines[1]
+        sizes.append(batch.mask.size)
+        levels.append([False, "mlp", True].index(options.gradient_checkpointing))
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < sizes[0]
+    assert levels == sorted(levels)
+    assert levels[-1] > 0
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_nothing_fits_into_no_memory(model):
+    with pytest.raises(InputError, match=r"not even one row.*max_seq_length"):
+        planning.choose(config(), model, rows(), 2_000_000, compiled=False)
+
+
+def test_the_rows_of_an_update_stay_what_they_are(model):
+    options, _ = planning.choose(config(), model, rows(), 100_000_000, compiled=False)
+    plain = train_batches(config(), rows())
+    planned = train_batches(config().model_copy(update={"train": options}), rows())
+    assert planned.largest().mask.size < plain.largest().mask.size
+    for one, two in zip(plain.steps(0, 10), planned.steps(0, 10), strict=True):
+        assert {row for batch in one for row in batch.rows} == {row for batch in two for row in batch.rows}
+
+
+def test_a_large_vocabulary_is_not_taken_for_long_rows(model):
+    """Its logits come in chunks, however short the rows are that the estimate is made from."""
+    model = tiny.llama(num_hidden_layers=2, vocab_size=50_000)
+    model.freeze()
+    lora.attach(model, config().lora)
+    mx.eval(model.parameters())
+    batch = train_batches(config(), rows()).largest()
+    fixed, each = planning._line(config().train, model, batch, compiled=False)
+    needed = planning._try(config().train, model, batch, compiled=False).memory
+    assert 0.5 * needed < fixed + each * batch.mask.size < 1.6 * needed
+
+
+def test_what_a_plan_chooses_cannot_be_set_beside_it():
+    with pytest.raises(InputError, match=r"train\.plan: auto chooses train\.loss_chunk itself"):
+        config(loss_chunk=8)
+
+
+# ---- whole runs ------------------------------------------------------------------------------------------------------
+
+WAYS = {
+    "plan": ["train.plan=auto"],
+    "batch_tokens": ["train.batch_tokens=100", "train.loss_chunk=7"],
+    "packing": ["data.packing=true", "train.gradient_checkpointing=mlp"],
+    "kept prefix": ["lora.layers=last:1", "train.prefix_cache=disk"],
+}
+
+
+@pytest.fixture
+def options(tiny_model: Path, tmp_path: Path) -> dict:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        "".join(f'{{"prompt": "Number {n}", "completion": "{f"{n} is it, " * (1 + n % 5)}"}}\n' for n in range(30))
+    )
+    return {
+        "model": str(tiny_model),
+        "data": {"train": str(file), "valid": 0.2},
+        "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
+        "train": {"epochs": 3, "batch_size": 3, "gradient_accumulation_steps": 2, "learning_rate": 1e-2},
+        "checkpoint": {"every": 4, "keep": 9},
+        "output_dir": str(tmp_path / "run"),
+    }
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_a_run_learns_the_same_in_every_way_and_resumes_exactly(options, way, tmp_path, capsys):
+    if way == "kept prefix":
+        options["lora"]["layers"] = "last:1"
+    without = ["lora.dropout=0.0", "train.prefix_cache=never"]
+    plain = finetune(options | {"output_dir": str(tmp_path / "plain")}, without)
+    result = finetune(options, [*WAYS[way], "lora.dropout=0.0"])
+    assert result.final_loss == pytest.approx(plain.final_loss, rel=1e-4)
+    assert result.steps == plain.steps
+
+    capsys.readouterr()
+    whole = finetune(options | {"output_dir": str(tmp_path / "whole")}, WAYS[way])
+    said = " ".join(capsys.readouterr().out.split())
+    words = {
+        "plan": "chosen; train.batch_tokens=",
+        "batch_tokens": "padding efficiency",
+        "packing": "padding efficiency",
+        "kept prefix": "what they give is kept in a file",
+    }
+    assert words[way] in said
+    cut = tmp_path / "cut"
+    shutil.copytree(whole.output_dir, cut)
+    for folder in checkpoint.complete(cut)[1:]:
+        shutil.rmtree(folder)
+    finetune(options | {"output_dir": str(cut)}, WAYS[way], resume=True)
+    for name in (mlx_form.WEIGHTS, checkpoint.OPTIMIZER):
+        ones, others = (mx.load(str(checkpoint.complete(run)[-1] / name)) for run in (whole.output_dir, cut))
+        for key, array in ones.items():
+            assert mx.array_equal(array, others[key]).item(), key
+
+
+def test_a_model_that_takes_no_packed_rows_is_named(options, tiny_model, tmp_path):
+    """A Llama whose last block attends to a sliding window only."""
+    folder = tmp_path / "sliding"
+    shutil.copytree(tiny_model, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    blocks = settings["num_hidden_layers"]
+    settings |= {"layer_types": ["full_attention"] * (blocks - 1) + ["sliding_attention"], "sliding_window": 8}
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"data\.packing: .*sliding takes no packed rows: .*sliding window"):
+        finetune(options | {"model": str(folder)}, ["data.packing=true"])
