@@ -17,8 +17,8 @@ vocabulary, f the share of positions at the head, T the row's length, d_a = head
     F_train = F_fwd + (k / L)(2 N_b + 4 T d_a L) + 2 f N_h + 6 r sum(d_in + d_out)
 
 The figures are the sums over the products themselves, which are a little below: the lowest adapted block needs no
-gradient to its own input. Prefill is the model without its adapter and without gradients, on the same tokens, with the
-head at the same positions, and
+gradient to its own input. Prefill is the same model without its adapter and without gradients (its attention and
+SwiGLU are ours), on the same tokens, with the head at the same positions, and
 
     E_prefill = real tokens/s x (F_train / F_fwd) / prefill tokens/s
 

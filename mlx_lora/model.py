@@ -146,13 +146,14 @@ def describe(model: nn.Module) -> str:
             if not isinstance(array, mx.array) or name.startswith("_"):
                 continue
             if "scales" in module and name in ("weight", "scales", "biases"):
-                packed[f"{module.bits} bits in groups of {module.group_size}"] += array.nbytes
+                kind = "" if module.mode == "affine" else f" ({module.mode})"
+                packed[f"{module.bits} bits in groups of {module.group_size}{kind}"] += array.nbytes
             else:
                 dense[str(array.dtype).rpartition(".")[2]] += array.nbytes
     forms = [form for form, _ in packed.most_common()]
-    rest = " and ".join(name for name, _ in dense.most_common())
-    size = (packed.total() + dense.total()) / 1e9
-    return f"{size:.2f} GB: " + ", ".join([*forms, f"the rest {rest}" if forms else rest])
+    if rest := " and ".join(name for name, _ in dense.most_common()):
+        forms.append(f"the rest {rest}" if forms else rest)
+    return f"{(packed.total() + dense.total()) / 1e9:.2f} GB: " + ", ".join(forms)
 
 
 def prepare_device() -> list[str]:

@@ -26,10 +26,10 @@ class PrefixCache:
 
     Rows are kept at their true length, bit for bit and in the type of the model's activations, as unsigned integers:
     numpy has no bfloat16. They are computed in the batches of ``in_order``, so a resumed run finds the same numbers
-    again, and a step in a batch of the same shape gives what it would give without. (But dropout on experts draws its
-    noise by the order in which tokens reach them, padding included, and padding is another.) The file has no name and
-    is gone with the process, however that ends. All of it holds as long as the base, the rows and the choice of adapted
-    blocks stay what they were.
+    again; on a CPU, a step in a batch of the same shape gives what it would give without, bit for bit. (But dropout on
+    experts draws its noise by the order in which tokens reach them, padding included, and padding is another.) The file
+    has no name and is gone with the process, however that ends. All of it holds as long as the base, the rows and the
+    choice of adapted blocks stay what they were.
 
     Args:
         model: with its adapter attached, whose numbers may change.
