@@ -43,7 +43,7 @@ def causal_attention(
     """
     length, shared = queries.shape[2], keys.shape[1]
     window = length if window is None else min(window, length)
-    block = BLOCK // 2 if _on_cpu() and window <= 1024 else BLOCK
+    block = BLOCK // 2 if mx.default_device() == mx.cpu and window <= 1024 else BLOCK
     blocks = [(max(0, first - window), first, min(first + block, length)) for first in range(0, length, block)]
 
     def rows(x: mx.array, first: int, last: int) -> mx.array:
@@ -149,7 +149,7 @@ class Attention:
     ) -> mx.array:
         plain = cache is None and sinks is None and queries.shape[2] == keys.shape[2]
         causal = isinstance(mask, str) and mask == "causal"
-        if plain and causal and (self._segments is not None or _on_cpu()):
+        if plain and causal and (self._segments is not None or mx.default_device() == mx.cpu):
             return causal_attention(queries, keys, values, scale, self._segments, self._window)
         if self._segments is not None and queries.shape[2] > 1:
             raise InputError("its attention is not plainly causal (a sliding window, sinks, or a mask of its own)")
@@ -205,7 +205,3 @@ class Attention:
         """Raises InputError where the model of this path cannot take packed rows in lines of `length` tokens."""
         if why := self.why_not_packed(length):
             raise InputError(f"data.packing: {path} takes no packed rows: {why}; set it to false")
-
-
-def _on_cpu() -> bool:
-    return bool(mx.default_device().type == mx.cpu)

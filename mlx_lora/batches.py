@@ -239,12 +239,14 @@ class Batches:
             lengths = np.array([self._lengths[rows].sum() for rows in packed])
             needed = np.array([-(-self._lengths[rows].max() // BLOCK) for rows in packed])
             windows = np.union1d(_levels(needed, 2, unit=1)[:-1], [-(-self._lengths.max() // BLOCK)])
-        widths = _levels(lengths, MAX_SHAPES // len(windows), unit=8)
+        number = MAX_SHAPES // len(windows)
         if self.packing:
             # no line of several rows is longer than `batch_tokens`, though single rows may be
             most = [self.batch_tokens, self._longest_line()] if self.batch_tokens else [self._longest_line()]
-            inner = _levels(lengths, MAX_SHAPES // len(windows) - len(most), unit=8)
+            inner = _levels(lengths, number - len(most), unit=8)
             widths = np.union1d(inner[inner < min(most)], most)
+        else:
+            widths = _levels(lengths, number, unit=8)
         sample = [lines for group in groups for lines in self._batches(group, widths)]
         width = np.array([self._width(widths, lines) for lines in sample])
         targets = np.array([self._targets(lines) for lines in sample])

@@ -17,6 +17,7 @@ import mlx.core as mx
 from mlx_lora import adapter_files, files
 from mlx_lora.adapter_files import mlx_form
 from mlx_lora.adapter_files.reading import fitting_arrays
+from mlx_lora.config import PLANNED
 from mlx_lora.errors import InputError
 from mlx_lora.optim import flatten_state, restore_state
 from mlx_lora.step import State
@@ -26,7 +27,7 @@ BEST = "best.safetensors"
 PROGRESS = "progress.json"
 MANIFEST = "manifest.json"
 # Of the training options, those that change how an update is computed, not which rows it holds.
-COMPUTED = ("batch_tokens", "loss_chunk", "gradient_checkpointing", "prefix_cache", "prefix_cache_limit")
+COMPUTED = (*PLANNED, "prefix_cache", "prefix_cache_limit")
 
 Saved = tuple[dict[str, mx.array], dict[str, str]]  # an adapter and its metadata
 

@@ -179,6 +179,9 @@ Optimizer = Annotated[
 ]
 
 
+PLANNED = ("batch_tokens", "loss_chunk", "gradient_checkpointing")  # what train.plan: auto chooses
+
+
 class Train(Options):
     epochs: int | None = Field(3, ge=1, description="passes over the data; null: until max_steps")
     max_steps: int | None = Field(
@@ -224,7 +227,7 @@ class Train(Options):
         if self.epochs is None and self.max_steps is None:
             raise ValueError("train needs epochs or max_steps")
         if self.plan == "auto":
-            for name in ("batch_tokens", "loss_chunk", "gradient_checkpointing"):
+            for name in PLANNED:
                 if getattr(self, name) not in (None, False):
                     raise ValueError(f"train.plan: auto chooses train.{name} itself; remove one of the two")
         if self.schedule.min_lr > self.learning_rate:

@@ -16,14 +16,13 @@ import numpy as np
 
 from mlx_lora import lora
 from mlx_lora.batches import Batch, train_batches
-from mlx_lora.config import Config, Train
+from mlx_lora.config import PLANNED, Config, Train
 from mlx_lora.data import Example
 from mlx_lora.errors import InputError
 from mlx_lora.gradient_checkpointing import MLP_NAMES
 from mlx_lora.optim import make_optimizer
 from mlx_lora.step import Step, prepared
 
-CHOSEN = ("batch_tokens", "loss_chunk", "gradient_checkpointing")
 SHARE = 0.8  # of the memory that is available: the rest is for the buffer cache and for other programs
 WIDTHS = (64, 128)  # of the short rows from which the memory of longer ones is estimated
 
@@ -39,7 +38,7 @@ class Need:
 def choose(
     config: Config, model: nn.Module, rows: list[Example], available: int, compiled: bool
 ) -> tuple[Train, list[str]]:
-    """The training options with `CHOSEN` filled in, and lines that say what was chosen and why.
+    """The training options with `PLANNED` filled in, and lines that say what was chosen and why.
 
     Short rows are tried first, and longer ones only where these let it be expected that they fit: running out of
     memory ends a process. The choice is then tried on the largest batch of the run, and given up for the next one if
@@ -75,7 +74,7 @@ def choose(
             continue
         lines.append(
             f"plan: {shape}: {need.memory / 1e9:.2f} GB and {need.seconds:.2f} s for the largest batch: chosen; "
-            f"{', '.join(f'train.{name}={_yaml(getattr(options, name))}' for name in CHOSEN)}"
+            f"{', '.join(f'train.{name}={_yaml(getattr(options, name))}' for name in PLANNED)}"
         )
         return options, lines
     raise InputError(

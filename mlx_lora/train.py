@@ -25,7 +25,7 @@ from mlx_lora import (
 )
 from mlx_lora.adapter_files import mlx_form
 from mlx_lora.batches import ORDER, train_batches
-from mlx_lora.config import Config
+from mlx_lora.config import PLANNED, Config
 from mlx_lora.data import Dataset
 from mlx_lora.errors import InputError, exit_code
 from mlx_lora.loop import Result, Run, total_steps
@@ -172,14 +172,14 @@ def _attach(config: Config, base: Base, start_from: str | None) -> list[str]:
 def _planned(config: Config, base: Base, train: Dataset, log: metrics.Log, contract: dict[str, Any] | None) -> Config:
     """The config with what `train.plan: auto` chooses in its place; a resumed run keeps what was chosen."""
     if contract is not None:
-        chosen = {name: contract["train"].get(name) for name in planning.CHOSEN}
+        chosen = {name: contract["train"].get(name) for name in PLANNED}
     else:
         room = int(0.9 * memory.available()) - mx.get_active_memory()  # a tenth is for freed buffers
         with memory.limits(memory.available()):
             options, lines = planning.choose(config, base.model, train.examples, room, model.can_compile())
         for line in lines:
             log.say(line)
-        chosen = {name: getattr(options, name) for name in planning.CHOSEN}
+        chosen = {name: getattr(options, name) for name in PLANNED}
     return config.model_copy(update={"train": config.train.model_copy(update={"plan": "manual", **chosen})})
 
 

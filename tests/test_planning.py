@@ -13,7 +13,7 @@ import tiny
 from mlx_lora import checkpoint, config_file, finetune, lora, planning
 from mlx_lora.adapter_files import mlx_form
 from mlx_lora.batches import train_batches
-from mlx_lora.config import Config
+from mlx_lora.config import PLANNED, Config
 from mlx_lora.data import Example
 from mlx_lora.errors import InputError
 
@@ -51,7 +51,7 @@ def rows() -> list[Example]:
 
 def test_with_much_memory_nothing_is_changed(model):
     options, lines = planning.choose(config(), model, rows(), LARGE, compiled=False)
-    assert all(getattr(options, name) in (None, False) for name in planning.CHOSEN)
+    assert all(getattr(options, name) in (None, False) for name in PLANNED)
     assert "chosen; train.batch_tokens=null, train.loss_chunk=null, train.gradient_checkpointing=false" in lines[-1]
 
 
