@@ -45,12 +45,15 @@ def test_half_precision_is_mlx_lms_to_its_last_digit(kind):
 
 
 def test_exp_is_numpys_in_float64():
-    values = np.concatenate([np.linspace(-103, 88, 5000), [-np.inf, 0]]).astype(np.float32)
+    values = np.linspace(-87.3, 88.3, 200_001).astype(np.float32)
     expected = np.exp(values.astype(np.float64))
-    found = np.array(exp(mx.array(values)))
-    error = np.abs(found - expected) / np.maximum(expected, 1e-37)
-    assert error[np.abs(values) < 20].max() < 2e-6
-    assert found[-2:].tolist() == [0, 1]
+    error = np.array(exp(mx.array(values))) / expected - 1
+    assert np.abs(error).max() < (2e-7 if mx.default_device() == mx.cpu else 1e-5)
+    np.testing.assert_allclose(
+        exp(mx.array([-np.inf, -1e30, -88.0, 0.0, 90.0, np.inf, np.nan])),
+        [0, 0, 0, 1, np.inf, np.inf, np.nan],
+        atol=1e-37,
+    )
 
 
 def test_only_the_given_model_uses_it():
@@ -77,9 +80,6 @@ def test_a_compiled_step_keeps_less_of_it():
 
         step = mx.compile(mx.grad(loss))
         mx.eval(step(arrays[0], arrays[1:]))
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        mx.eval(step(arrays[0], arrays[1:]))
-        return mx.get_peak_memory() - before
+        return tiny.peak(lambda: step(arrays[0], arrays[1:]))
 
     assert peak(swiglu.swiglu) < 0.9 * peak(lambda gate, up: gate * mx.sigmoid(gate) * up)

@@ -1,5 +1,6 @@
 """Tiny random models, built by mlx-lm's own classes without files or tokenizers, and adapters that do something."""
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -93,3 +94,15 @@ def assert_identical(actual: dict[str, np.ndarray], expected: dict[str, np.ndarr
     for name, array in expected.items():
         assert actual[name].dtype == array.dtype
         assert actual[name].tobytes() == array.tobytes(), f"{name} changed"
+
+
+def peak(compute: Callable[[], Any]) -> int:
+    """The bytes that a computation needs beyond what is there; MLX's scheduler does not run ahead."""
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before, limit = mx.get_active_memory(), mx.set_memory_limit(1)
+    try:
+        mx.eval(compute())
+    finally:
+        mx.set_memory_limit(limit)
+    return mx.get_peak_memory() - before
