@@ -9,13 +9,12 @@ from cases import Case, write_model, write_rows  # imports mlx_lora before MLX
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora import config_file, data, lora, model, swiglu
-from mlx_lora.attention import Attention
+from mlx_lora import config_file, data, lora, model
 from mlx_lora.batches import Batch, Batches, train_batches
 from mlx_lora.config import Config
 from mlx_lora.data import Example
 from mlx_lora.optim import make_optimizer
-from mlx_lora.step import Outcome, State, Step
+from mlx_lora.step import Outcome, State, Step, prepare
 
 
 @dataclass
@@ -42,8 +41,7 @@ def start(case: Case, network: nn.Module, rows: list[Example], loss_chunk: int |
     options = _options(case, loss_chunk=loss_chunk)
     lora.attach(network, options.lora)
     mx.eval(network.parameters())
-    attention = Attention.install(network)
-    swiglu.install(network)
+    attention = prepare(network, options.train)
     batches = train_batches(options, rows)
     step = Step(network, make_optimizer(options.train), options.train, model.can_compile(), attention)
     return Training(network, options, batches, step, step.initial_state())

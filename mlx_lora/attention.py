@@ -15,6 +15,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 
 from mlx_lora.errors import InputError
 from mlx_lora.exponential import exp
+from mlx_lora.recomputation import remember
 from mlx_lora.substitution import substitute
 
 NAME = scaled_dot_product_attention.__name__
@@ -81,7 +82,6 @@ def causal_attention(
             normalizers.append(heads(highest + mx.log(total), first, last))
         return mx.concatenate(results, axis=2), mx.concatenate(normalizers, axis=2)
 
-    @attend.vjp
     def gradients(
         inputs: tuple[mx.array, mx.array, mx.array],
         cotangents: tuple[mx.array, mx.array],
@@ -113,9 +113,10 @@ def causal_attention(
         by_keys, by_values = (mx.concatenate([*finished[side], seen[side]], axis=2) for side in (0, 1))
         return mx.concatenate(by_queries, axis=2), by_keys.astype(keys.dtype), by_values.astype(values.dtype)
 
+    attend.vjp(gradients)
     if values.dtype != queries.dtype:  # some models widen the queries on purpose
         values = values.astype(mx.result_type(queries, values))
-    return attend(queries, keys, values)[0]
+    return remember(attend, queries, keys, values, gradients=gradients)[0]
 
 
 class Attention:

@@ -200,10 +200,10 @@ class Train(Options):
     optimizer: Optimizer = AdamW()
     max_grad_norm: float | None = Field(1.0, gt=0, description="clips the global norm of the gradient; null: never")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over the vocabulary")
-    gradient_checkpointing: bool | Literal["mlp"] | Annotated[int, Field(ge=2)] = Field(
-        False,
-        description="recompute in the backward pass what takes memory: true: every block | mlp: only the MLPs | "
-        "a number k: every k-th block",
+    gradient_checkpointing: bool | Literal["selective", "mlp"] | Annotated[int, Field(ge=2)] = Field(
+        "selective",
+        description="recompute in the backward pass what takes memory: false: nothing | selective: what is cheap | "
+        "mlp: the MLPs too | a number k: every k-th block too | true: every block",
     )
     loss_chunk: int | None = Field(
         None, ge=1, description="positions whose logits are computed at a time; null: as many as keep the device busy"
@@ -228,7 +228,7 @@ class Train(Options):
             raise ValueError("train needs epochs or max_steps")
         if self.plan == "auto":
             for name in PLANNED:
-                if getattr(self, name) not in (None, False):
+                if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"train.plan: auto chooses train.{name} itself; remove one of the two")
         if self.schedule.min_lr > self.learning_rate:
             raise ValueError(

@@ -1,47 +1,88 @@
-"""Gradient checkpointing: activations are recomputed in the backward pass instead of kept.
+"""Gradient checkpointing: blocks run again in the backward pass, and keep only what costs much to compute.
 
-Only the given model's blocks change, not their classes, and the recomputation is exact: dropout's noise is a function
-of explicit keys that both passes share.
+Only the given model's modules change, not their classes, and the recomputation is exact: dropout's noise is a function
+of explicit keys that both passes share. Selective recomputation: Korthikanti et al., 2022, arXiv:2205.05198.
 """
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora.errors import InputError
+from mlx_lora.lora.layers import LoRAEmbedding, LoRALayer, layer_type
+from mlx_lora.recomputation import FirstRun, forgotten, remember
 
+Level = bool | Literal["selective", "mlp"] | int
 MLP_NAMES = ("shared_mlp", "mlp", "feed_forward", "block_sparse_moe", "ffn", "moe")  # in the blocks of mlx-lm's models
 
 
-def checkpoint_blocks(model: nn.Module, level: bool | Literal["mlp"] | int = True) -> None:
+def checkpoint_blocks(model: nn.Module, level: Level = True) -> None:
     """Makes parts of `model.layers` run their forward pass again when gradients are taken.
 
     Args:
         model: changed in place, once.
-        level: True for every block, k for every k-th one, "mlp" for the MLP or the experts of each block, which is
-            cheaper in memory where the attention keeps little. Raises InputError for "mlp" where no block has one.
+        level: "selective" for all of a block but its matrix products and its attention; "mlp" for the products of its
+            MLP or its experts too; True for everything; k for everything in every k-th block, and what "selective" says
+            in the others. False for nothing. Raises InputError for "mlp" where no block has an MLP of its own.
     """
+    if level is False:
+        return
     if level == "mlp":
-        parts = [block[name] for block in model.layers for name in MLP_NAMES if name in block]
-        if not parts:
+        mlps = [block[name] for block in model.layers for name in MLP_NAMES if name in block]
+        if not mlps:
             raise InputError("train.gradient_checkpointing: no block has an MLP of its own; set it to true")
-    else:
-        parts = model.layers[:: int(level)]
-    for part in parts:
-        part.__class__ = _checkpointed(type(part))
+        for mlp in mlps:
+            _change(mlp, _forgetting)
+    for number, block in enumerate(model.layers):
+        everything = not isinstance(level, str) and number % level == 0
+        if not everything:
+            of_adapted = {id(layer.base) for layer in block.modules() if isinstance(layer, LoRALayer)}
+            for layer in block.modules():
+                if layer_type(layer) not in (None, LoRAEmbedding) and id(layer) not in of_adapted:
+                    _change(layer, _remembering)
+        _change(block, _recomputing_everything if everything else _recomputing)
 
 
-def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
+def _change(module: nn.Module, changed: Callable[[type], Callable[..., Any]]) -> None:
+    kind = type(module)
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    module.__class__ = type(kind.__name__, (kind,), names | {"__call__": changed(kind)})
+
+
+def _remembering(kind: type) -> Callable[..., Any]:
+    def call(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        return remember(lambda x: kind.__call__(self, x, *args, **kwargs), x)
+
+    return call
+
+
+def _forgetting(kind: type) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        def forward(parameters: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            kept = self.trainable_parameters()
-            self.update(parameters)
-            try:
+        with forgotten():
+            return kind.__call__(self, *args, **kwargs)
+
+    return call
+
+
+def _recomputing(kind: type) -> Callable[..., Any]:
+    return lambda self, *args, **kwargs: _recomputed(self, kind, FirstRun().used, args, kwargs)
+
+
+def _recomputing_everything(kind: type) -> Callable[..., Any]:
+    return lambda self, *args, **kwargs: _recomputed(self, kind, nullcontext, args, kwargs)
+
+
+def _recomputed(self: Any, kind: type, first_run: Any, args: Any, kwargs: Any) -> Any:
+    def forward(parameters: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        kept = self.trainable_parameters()
+        self.update(parameters)
+        try:
+            with first_run():
                 return kind.__call__(self, *args, **kwargs)
-            finally:  # no tracer stays in the model
-                self.update(kept)
+        finally:  # no tracer stays in the model
+            self.update(kept)
 
-        return mx.checkpoint(forward)(self.trainable_parameters(), *args, **kwargs)
-
-    return type(f"Checkpointed{kind.__name__}", (kind,), {"__call__": call})
+    return mx.checkpoint(forward)(self.trainable_parameters(), *args, **kwargs)

@@ -159,7 +159,7 @@ def _try(options: Train, model: nn.Module, batch: Batch, compiled: bool) -> Need
 
 
 def _words(options: Train) -> str:
-    words = {False: "no gradient checkpointing", "mlp": "MLPs recomputed", True: "blocks recomputed"}
+    words = {"selective": "what is cheap recomputed", "mlp": "MLPs recomputed", True: "blocks recomputed"}
     chunk = f", {options.loss_chunk} logits at a time" if options.loss_chunk else ""
     return words[options.gradient_checkpointing] + chunk
 

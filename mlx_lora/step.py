@@ -17,6 +17,7 @@ from mlx_lora.config import Train
 from mlx_lora.gradient_checkpointing import checkpoint_blocks
 from mlx_lora.head import output_of
 from mlx_lora.loss import Arrays, arrays, batch_loss
+from mlx_lora.memory import NoFurtherAhead
 from mlx_lora.optim import initial_state
 from mlx_lora.prefix import PrefixCache
 
@@ -38,17 +39,21 @@ class Outcome:
     applied: mx.array
 
 
+def prepare(model: nn.Module, config: Train) -> Attention:
+    """Makes a model with its adapter compute as training does: attention and SwiGLU of ours, and blocks that recompute
+    what `train.gradient_checkpointing` says."""
+    attention = Attention.install(model)
+    swiglu.install(model)
+    checkpoint_blocks(model, config.gradient_checkpointing)
+    return attention
+
+
 @contextmanager
 def prepared(model: nn.Module, config: Train) -> Iterator[Attention]:
-    """Inside, the model computes as training does: attention and SwiGLU of ours, and blocks or MLPs that recompute what
-    `train.gradient_checkpointing` says. Afterwards its modules have the classes that they had."""
+    """Inside, the model is as `prepare` makes it; afterwards its modules have the classes that they had."""
     kinds = [(module, type(module)) for module in model.modules()]
     try:
-        attention = Attention.install(model)
-        swiglu.install(model)
-        if config.gradient_checkpointing:
-            checkpoint_blocks(model, config.gradient_checkpointing)
-        yield attention
+        yield prepare(model, config)
     finally:
         for module, kind in kinds:
             module.__class__ = kind
@@ -83,6 +88,7 @@ class Step:
         self.output = output_of(model)
         self._attention = attention
         self._prefix = prefix
+        self._ahead = NoFurtherAhead()
         self._accumulate = mx.compile(self._accumulate_eagerly) if compiled else self._accumulate_eagerly
         self._update = mx.compile(self._update_eagerly) if compiled else self._update_eagerly
 
@@ -93,6 +99,12 @@ class Step:
 
     def __call__(self, state: State, batches: list[Batch], learning_rate: float, number: int) -> tuple[State, Outcome]:
         """The state after update `number` (from 0), and its figures; all evaluated."""
+        with self._ahead.allowed():
+            return self._evaluated(state, batches, learning_rate, number)
+
+    def _evaluated(
+        self, state: State, batches: list[Batch], learning_rate: float, number: int
+    ) -> tuple[State, Outcome]:
         share = mx.array(1 / max(1, sum(batch.supervised for batch in batches)))
         gradients = {name: mx.zeros_like(array) for name, array in state.adapter.items()}
         loss = mx.array(0.0)

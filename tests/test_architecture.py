@@ -26,6 +26,7 @@ ORDER = [
     "gguf_base",
     "gguf_vocab",
     "model",
+    "recomputation",
     "lora.layers",
     "lora.targets",
     "lora.value",

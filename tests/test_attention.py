@@ -151,16 +151,9 @@ def test_no_probabilities_are_kept(longest):
 
     mx.eval(arrays, weight, segments)
     probabilities = 4 * 8 * 2048**2
-    assert peak(lambda: mx.grad(loss, argnums=(0, 1, 2))(*arrays)) < probabilities * (0.5 if longest is None else 0.2)
-
-
-def peak(compute: Any) -> int:
-    """The bytes that a computation takes beyond what is there."""
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
-    mx.eval(compute())
-    return mx.get_peak_memory() - before
+    assert tiny.peak(lambda: mx.compile(mx.grad(loss, argnums=(0, 1, 2)))(*arrays)) < probabilities * (
+        0.5 if longest is None else 0.2
+    )
 
 
 # ---- in models -------------------------------------------------------------------------------------------------------
@@ -229,7 +222,7 @@ def test_model_keeps_no_probabilities_on_a_cpu():
     kept, ours = (adapted(num_hidden_layers=6) for _ in range(2))
     Attention.install(ours)
     mx.eval(kept.parameters(), ours.parameters())
-    assert peak(lambda: losses_and_gradients(ours, ids, weight)) < 0.4 * peak(
+    assert tiny.peak(lambda: losses_and_gradients(ours, ids, weight)) < 0.4 * tiny.peak(
         lambda: losses_and_gradients(kept, ids, weight)
     )
 

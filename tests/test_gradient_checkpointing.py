@@ -1,5 +1,6 @@
 """Gradient checkpointing at every level: the same numbers in less memory, and nothing else changed."""
 
+import re
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,11 +12,12 @@ import tiny
 from mlx_lm.models import lfm2, mamba2, mixtral
 
 from mlx_lora import lora
-from mlx_lora.config import Lora
+from mlx_lora.config import Lora, Train
 from mlx_lora.errors import InputError
-from mlx_lora.gradient_checkpointing import checkpoint_blocks
+from mlx_lora.gradient_checkpointing import Level, checkpoint_blocks
+from mlx_lora.step import prepare
 
-LEVELS = ["mlp", 3, 2, True]
+LEVELS: list[Level] = ["selective", 3, 2, "mlp", True]
 
 
 def adapted(name: str = "llama", dropout: float = 0.3, **shape: Any) -> nn.Module:
@@ -43,31 +45,31 @@ def gradients(model: nn.Module, ids: mx.array, compiled: bool = False) -> dict[s
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(("name", "compiled"), [("llama", False), ("llama", True), ("qwen3_moe", False)])
-def test_no_bit_of_a_gradient_changes(name, compiled, level):
+def test_no_gradient_changes(name, compiled, level):
+    """Not by one bit where all is recomputed; otherwise the parts of a gradient may be added in another order."""
     kept, recomputed = adapted(name), adapted(name)
     checkpoint_blocks(recomputed, level)
     expected = tiny.copies(gradients(kept, tiny.tokens(), compiled))
-    tiny.assert_identical(tiny.copies(gradients(recomputed, tiny.tokens(), compiled)), expected)
+    found = tiny.copies(gradients(recomputed, tiny.tokens(), compiled))
+    for path, array in expected.items():
+        tolerance = 0.0 if level is True else 2e-6 * np.abs(array).max()
+        np.testing.assert_allclose(found[path], array, rtol=0, atol=tolerance, err_msg=path)
     without = tiny.copies(gradients(adapted(name, dropout=0.0), tiny.tokens()))
     assert any(not np.array_equal(without[path], expected[path]) for path in expected)  # dropout did something
 
 
-def test_each_level_keeps_less_memory_than_the_one_before():
+def test_what_is_recomputed_takes_no_memory():
     ids, peaks = tiny.tokens(4, 256), []
     for level in (None, *LEVELS):
-        model = adapted(dropout=0.0, num_hidden_layers=6, vocab_size=128)
+        model = adapted(dropout=0.0, num_hidden_layers=16, intermediate_size=192, vocab_size=128)
         if level is not None:
             checkpoint_blocks(model, level)
         mx.eval(model.parameters())
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        mx.eval(gradients(model, ids))
-        peaks.append(mx.get_peak_memory() - before)
-    none, *some, every = peaks  # MLX's scheduler runs ahead: neighbours may come close to each other
-    assert all(less < 0.95 * none for less in some)
+        peaks.append(tiny.peak(lambda model=model: gradients(model, ids, compiled=True)))
+    none, selective, *some, every = peaks
     assert every < min(some)
-    assert every < 0.6 * none
+    assert max(some) < 0.95 * selective
+    assert selective < 0.5 * none
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -75,8 +77,7 @@ def test_only_the_parts_of_its_model_that_the_level_names_change(level):
     other, model = adapted(), adapted()
     checkpoint_blocks(model, level)
     blocks = [f"model.layers.{number}" for number in range(4)]
-    expected = [f"{block}.mlp" for block in blocks] if level == "mlp" else blocks[:: int(level)]
-    assert changed(model, other) == expected
+    assert changed(model, other) == sorted(blocks + [f"{block}.mlp" for block in blocks if level == "mlp"])
     assert changed(adapted(), other) == []
     assert list(lora.parameters(model)) == list(lora.parameters(other))
 
@@ -110,7 +111,7 @@ def of_lfm2() -> nn.Module:
 def test_mlps_are_found_under_other_names(build, name):
     model = build()
     checkpoint_blocks(model, "mlp")
-    assert changed(model, build()) == [f"model.layers.{number}.{name}" for number in range(4)]
+    assert {f"model.layers.{number}.{name}" for number in range(4)} <= set(changed(model, build()))
 
 
 def test_blocks_without_mlps_are_refused():
@@ -172,3 +173,20 @@ def test_no_tracer_stays_in_the_model(fail):
     with pytest.raises(RuntimeError, match="on purpose") if fail else nullcontext():
         gradient(mx.array([1.0, 2.0]), mx.array([3.0, 4.0]))
     assert block.weight is kept
+
+
+@pytest.mark.skipif(mx.default_device().type != mx.cpu, reason="elsewhere MLX's own attention runs again")
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+def test_no_product_is_computed_again_where_only_the_rest_is(name, targets, tmp_path):
+    """By the operations in the graph of all gradients."""
+
+    def products(level: Level) -> int:
+        model = tiny.BUILDERS[name](num_hidden_layers=4)
+        lora.attach(model, Lora(rank=4, target_modules=targets), seed=1)
+        prepare(model, Train(gradient_checkpointing=level))
+        mx.export_to_dot(str(tmp_path / "graph"), *gradients(model, tiny.tokens()).values())
+        return len(re.findall(r'label ?="(?:Matmul|AddMM|GatherMM)"', (tmp_path / "graph").read_text()))
+
+    assert products("selective") == products(False) > 0
+    assert products("selective") < products("mlp") < products(True)

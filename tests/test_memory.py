@@ -2,7 +2,8 @@
 
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import mlx.core as mx
@@ -180,3 +181,37 @@ def test_control_groups_of_version_1(tmp_path: Path) -> None:
     version_1(tmp_path / "memory", 9223372036854771712, 10**9, 0)  # how no limit is written there
     version_1(tmp_path / "memory" / "jobs" / "7", 8000, 2000, 1000)
     assert memory.cgroup_available(tmp_path, "5:cpu:/\n4:hugetlb,memory:/jobs/7\n0::/\n") == 7000
+
+
+# ---- running ahead ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(mx.default_device().type != mx.cpu, reason="other schedulers are left alone")
+def test_nothing_is_allocated_far_ahead_of_its_use() -> None:
+    """Sixty chunks of 4 MB one after the other, of which MLX would allocate dozens at once."""
+    weights = mx.random.normal((64, 10_000))
+    parts = mx.random.normal((60, 100, 64))
+    mx.eval(weights, parts)
+
+    @mx.compile
+    def total(parts: mx.array, weights: mx.array) -> mx.array:
+        found = mx.array(0.0)
+        for part in parts:
+            found = found + mx.sin(mx.depends(part, found) @ weights).sum()
+        return found
+
+    def peaks(around: Callable[[], AbstractContextManager[None]]) -> list[int]:
+        found = []
+        for size in (30, 30, 60, 60):
+            mx.clear_cache()
+            mx.reset_peak_memory()
+            before = mx.get_active_memory()
+            with around():
+                mx.eval(total(parts[:size], weights))
+            found.append(mx.get_peak_memory() - before)
+        return found
+
+    limit = mx.get_memory_limit()
+    without, within = peaks(nullcontext), peaks(memory.NoFurtherAhead().allowed)
+    assert max(within) < 0.5 * max(without)
+    assert mx.get_memory_limit() == limit

@@ -28,6 +28,7 @@ WAYS = {
     "packed": {"packing": True},
     "packed in lines": {"packing": True, "batch_tokens": 130},
     "logits in chunks": {"chunk": 5},
+    "nothing recomputed": {"level": False},
     "blocks recomputed": {"level": True},
     "every second block recomputed": {"level": 2},
     "MLPs recomputed": {"level": "mlp"},
@@ -84,7 +85,7 @@ def test_loss_and_gradient_are_mlx_lms(name: str, way: str, tmp_path: Path) -> N
         optimizer={"name": "sgd"},
         max_grad_norm=None,
         loss_chunk=options.get("chunk"),
-        gradient_checkpointing=options.get("level", False),
+        gradient_checkpointing=options.get("level", "selective"),
     )
     layout = {key: options[key] for key in ("accumulate", "batch_tokens", "packing") if key in options}
     batches = Batches(rows(), options["batch_size"], 0, **layout)

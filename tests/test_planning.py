@@ -13,7 +13,7 @@ import tiny
 from mlx_lora import checkpoint, config_file, finetune, lora, planning
 from mlx_lora.adapter_files import mlx_form
 from mlx_lora.batches import train_batches
-from mlx_lora.config import PLANNED, Config
+from mlx_lora.config import Config
 from mlx_lora.data import Example
 from mlx_lora.errors import InputError
 
@@ -51,8 +51,8 @@ def rows() -> list[Example]:
 
 def test_with_much_memory_nothing_is_changed(model):
     options, lines = planning.choose(config(), model, rows(), LARGE, compiled=False)
-    assert all(getattr(options, name) in (None, False) for name in PLANNED)
-    assert "chosen; train.batch_tokens=null, train.loss_chunk=null, train.gradient_checkpointing=false" in lines[-1]
+    assert options == config().train
+    assert "chosen; train.batch_tokens=null, train.loss_chunk=null, train.gradient_checkpointing=selective" in lines[-1]
 
 
 def test_with_less_memory_batches_get_smaller_and_then_blocks_are_recomputed(model):
@@ -66,7 +66,7 @@ def test_with_less_memory_batches_get_smaller_and_then_blocks_are_recomputed(mod
         assert planning._try(options, model, batch, compiled=False).memory < available
         assert len(lines) == 2 or "too much" in lines[1]
         sizes.append(batch.mask.size)
-        levels.append([False, "mlp", True].index(options.gradient_checkpointing))
+        levels.append(["selective", "mlp", True].index(options.gradient_checkpointing))
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] < sizes[0]
     assert levels == sorted(levels)

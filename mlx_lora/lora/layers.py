@@ -13,6 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from mlx_lora.recomputation import remember
+
 
 class LoRALayer(nn.Module):
     """What the adapted layers share: the update's parameters, scale and dropout, and being on, off or merged.
@@ -88,6 +90,9 @@ class LoRALayer(nn.Module):
             self[self.base_name] = self._unmerged[0]
             self._unmerged = ()
 
+    def _sum(self, y: mx.array, update: mx.array) -> mx.array:
+        return y + (self.scale * update).astype(y.dtype)
+
     def _drop(self, x: mx.array) -> mx.array:
         if self.dropout == 0 or self._dropout_key is None:
             return x
@@ -99,11 +104,10 @@ class LoRALinear(LoRALayer):
     """An adapted ``nn.Linear`` or ``nn.QuantizedLinear``: (..., in) → (..., out)."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = self.base(x)
         if not self.active:
-            return y
-        z = (self._drop(x) @ self.lora_a.astype(x.dtype)) @ self.lora_b.astype(x.dtype)
-        return y + (self.scale * z).astype(y.dtype)
+            return self.base(x)
+        z = remember(lambda x, a: self._drop(x) @ a.astype(x.dtype), x, self.lora_a)
+        return remember(lambda x, z, b: self._sum(self.base(x), z @ b.astype(x.dtype)), x, z, self.lora_b)
 
 
 class LoRAEmbedding(LoRALayer):
@@ -119,15 +123,14 @@ class LoRAEmbedding(LoRALayer):
         if not self.active:
             return y
         z = self.lora_a[ids].astype(y.dtype) @ self.lora_b.astype(y.dtype)
-        return y + (self.scale * self._drop(z)).astype(y.dtype)
+        return self._sum(y, self._drop(z))
 
     def as_linear(self, x: mx.array) -> mx.array:
         """(..., dims) → logits (..., vocabulary)."""
         y = self.base.as_linear(x)
         if not self.active:
             return y
-        z = (self._drop(x) @ self.lora_b.T.astype(x.dtype)) @ self.lora_a.T.astype(x.dtype)
-        return y + (self.scale * z).astype(y.dtype)
+        return self._sum(y, (self._drop(x) @ self.lora_b.T.astype(x.dtype)) @ self.lora_a.T.astype(x.dtype))
 
     def delta(self) -> mx.array:
         return self.scale * (self.lora_a @ self.lora_b)
@@ -142,15 +145,17 @@ class LoRASwitchLinear(LoRALayer):
         return self.lora_a.shape[1]
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        y = self.base(x, indices, sorted_indices=sorted_indices)
+        def base(x: mx.array) -> mx.array:
+            return self.base(x, indices, sorted_indices=sorted_indices)
+
+        def product(x: mx.array, weight: mx.array) -> mx.array:
+            weight = weight.swapaxes(-1, -2).astype(x.dtype)
+            return mx.gather_mm(x, weight, rhs_indices=indices, sorted_indices=sorted_indices)
+
         if not self.active:
-            return y
-        z = self._drop(x)
-        for weight in (self.lora_a, self.lora_b):
-            z = mx.gather_mm(
-                z, weight.swapaxes(-1, -2).astype(x.dtype), rhs_indices=indices, sorted_indices=sorted_indices
-            )
-        return y + (self.scale * z).astype(y.dtype)
+            return base(x)
+        z = remember(lambda x, a: product(self._drop(x), a), x, self.lora_a)
+        return remember(lambda x, z, b: self._sum(base(x), product(z, b)), x, z, self.lora_b)
 
     def delta(self) -> mx.array:
         return self.scale * (self.lora_b @ self.lora_a)
