@@ -24,9 +24,10 @@ def checkpoint_blocks(model: nn.Module, level: Level = True) -> None:
 
     Args:
         model: changed in place, once.
-        level: "selective" for all of a block but its matrix products and its attention; "mlp" for the products of its
-            MLP or its experts too; True for everything; k for everything in every k-th block, and what "selective" says
-            in the others. False for nothing. Raises InputError for "mlp" where no block has an MLP of its own.
+        level: "selective" for all of a block but its matrix products and, where it is ours, its attention; "mlp" for
+            the products of its MLP or its experts too; True for everything; k for everything in every k-th block, and
+            what "selective" says in the others. False for nothing. Raises InputError for "mlp" where no block has an
+            MLP of its own.
     """
     if level is False:
         return
