@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lora.config import Lora
 from mlx_lora.errors import InputError
 from mlx_lora.lora.layers import LoRALayer, adapt, factor_shapes, layer_type, weight_shape
-from mlx_lora.lora.targets import adaptable, select
+from mlx_lora.lora.targets import adaptable, natural, select
 from mlx_lora.lora.value import Adapter, Pair
 
 
@@ -94,8 +94,13 @@ def detach(model: nn.Module) -> None:
 
 
 def layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """The adapted layers by path, in a fixed order."""
-    return {path: module for path, module in sorted(model.named_modules()) if isinstance(module, LoRALayer)}
+    """The adapted layers by path, in the order of blocks.
+
+    MLX forms a step's gradients from the last of its results to the first: in an order in which block 10 comes before
+    block 2, inputs of all blocks from 10 on would be kept until block 2 has been through its backward pass.
+    """
+    modules = sorted(model.named_modules(), key=lambda item: natural(item[0]))
+    return {path: module for path, module in modules if isinstance(module, LoRALayer)}
 
 
 def enable(model: nn.Module) -> None:

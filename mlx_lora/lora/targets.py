@@ -38,7 +38,7 @@ def select(model: nn.Module, patterns: str | list[str], layers: str | list[int])
                 f"lora.target_modules: {pattern!r} matches no layer in the blocks of lora.layers: {layers}"
             )
         chosen.update(matches)
-    return sorted(chosen, key=_natural)
+    return sorted(chosen, key=natural)
 
 
 def adaptable(model: nn.Module) -> dict[str, type[LoRALayer]]:
@@ -58,7 +58,8 @@ def block_number(path: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _natural(path: str) -> list[tuple[int, str]]:
+def natural(path: str) -> list[tuple[int, str]]:
+    """A key that sorts paths with numbers as numbers: block 10 comes after block 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
 
 
