@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as mlx_optim
 
-from mlx_lora import lora, swiglu
+from mlx_lora import lora, rms_norm, swiglu
 from mlx_lora.attention import Attention
 from mlx_lora.batches import Batch
 from mlx_lora.config import Train
@@ -40,10 +40,11 @@ class Outcome:
 
 
 def prepare(model: nn.Module, config: Train) -> Attention:
-    """Makes a model with its adapter compute as training does: attention and SwiGLU of ours, and blocks that recompute
-    what `train.gradient_checkpointing` says."""
+    """Makes a model with its adapter compute as training does: attention, SwiGLU and normalization of ours, and blocks
+    that recompute what `train.gradient_checkpointing` says."""
     attention = Attention.install(model)
     swiglu.install(model)
+    rms_norm.install(model)
     checkpoint_blocks(model, config.gradient_checkpointing)
     return attention
 

@@ -42,6 +42,7 @@ ORDER = [
     "optim",
     "substitution",
     "attention",
+    "rms_norm",
     "swiglu",
     "gradient_checkpointing",
     "memory",
