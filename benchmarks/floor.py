@@ -7,8 +7,8 @@ type, one after the other in the same process. They are: each linear layer forwa
 something below is adapted (there is no product with a frozen weight's gradient); the adapters' own six; the two of
 attention and their four backward; the head forward and backward at the positions where the step has it. Attention is
 causal, so half of its square counts, and it is timed as half of the queries against all keys. A block's products are
-evaluated together, the head's 256 positions at a time, from inputs that lie ready: in the time are the products and
-the memory of their outputs. Padding is in both times; what a step computes again is in its own alone.
+evaluated together, the head's in the parts that the step has, from inputs that lie ready: in the time are the products
+and the memory of their outputs. Padding is in both times; what a step computes again is in its own alone.
 
 Floating-point operations per token, with N_b weights in L blocks of which the uppermost k are adapted, N_h = hidden x
 vocabulary, f the share of positions at the head, T the row's length, d_a = heads x head_dim and rank r:
@@ -44,11 +44,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from cases import CASES, QWEN, Case, build, examples, tiny  # imports mlx_lora before MLX
-from matrix_products import HEAD_ROWS, Products, of_batch, products
+from matrix_products import Products, of_batch, products
 from our_step import Training, default_dtype, load, start
 
 # isort: split
@@ -59,7 +60,7 @@ from mlx_lora.batches import Batch
 from mlx_lora.config import Lora
 from mlx_lora.errors import InputError, exit_code
 from mlx_lora.head import output_of
-from mlx_lora.loss import chunk_size
+from mlx_lora.loss import POSITIONS, part_size
 
 QWEN3_4B = {
     "model_type": "qwen3",
@@ -83,6 +84,7 @@ NARROW = {
     "head_dim": 16,
     "vocab_size": 512,
 }
+PREFILL_ROWS = 256  # whose logits are computed at a time
 LARGE = {"Qwen2.5-0.5B's 24 blocks": QWEN, "Qwen3-4B's 36 blocks": QWEN3_4B}
 
 
@@ -97,8 +99,8 @@ def prefill(training: Training, compiled: bool) -> Callable[[Batch], None]:
         if batch.positions is not None:
             states = states[mx.array(batch.positions)]
         mx.eval(states)
-        for first in range(0, states.shape[0], HEAD_ROWS):
-            mx.eval(output.head(states[first : first + HEAD_ROWS]))
+        for first in range(0, states.shape[0], PREFILL_ROWS):
+            mx.eval(output.head(states[first : first + PREFILL_ROWS]))
 
     return call
 
@@ -194,12 +196,13 @@ def measure_case(case: Case, dtype: str, updates: int, rounds: int, peak_product
 
 
 def measure_host(shape: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """Seconds of an update outside evaluation, of as many narrow blocks and chunks of the loss, and the operations of
+    """Seconds of an update outside evaluation, of as many narrow blocks and parts of the loss, and the operations of
     one of the shape itself, both on 1 x 2,048 tokens."""
     whole, narrow = build(shape), shape | NARROW
     lora.attach(whole, Lora(rank=8))  # never evaluated
     case = Case("", "narrow", narrow, shape["num_hidden_layers"], batch_size=1, rows=1, longest=2049, shortest=2049)
-    training = start(case, build(narrow), examples(case), loss_chunk=chunk_size(shape["vocab_size"]))
+    parts = ceil(2048 / POSITIONS) * ceil(shape["vocab_size"] / part_size(POSITIONS))
+    training = start(case, build(narrow), examples(case), loss_chunk=ceil(2048 / parts))
     [update] = training.updates(1)
     hosts = [timed_update(training, update)[1] for _ in range(rounds + 1)]
     return {

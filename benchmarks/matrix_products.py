@@ -12,8 +12,9 @@ import mlx.nn as nn
 
 from mlx_lora import lora
 from mlx_lora.batches import Batch
+from mlx_lora.head import Head
+from mlx_lora.loss import POSITIONS, part_size
 
-HEAD_ROWS = 256
 # The order in which a block applies its layers; attention lies between v_proj and o_proj.
 STAGES = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 2, "gate_proj": 3, "up_proj": 3, "down_proj": 4}
 
@@ -86,12 +87,15 @@ def products(network: nn.Module, rows: int, tokens: int, at_head: int) -> Produc
     for block in network.layers:
         made.new_group()
         _forward(made, block, rows, tokens)
-    head = network.lm_head if "lm_head" in network else network.model.embed_tokens
-    for first in range(0, at_head, HEAD_ROWS):
-        made.new_group()
-        part = min(HEAD_ROWS, at_head - first)
-        made.add_layer(head, part, forward=True)
-        made.add_layer(head, part, forward=False)
+    head = Head(network.lm_head if "lm_head" in network else network.model.embed_tokens, lambda logits: logits)
+    for first in range(0, at_head, POSITIONS):
+        positions = min(POSITIONS, at_head - first)
+        width = part_size(positions)
+        for token in range(0, head.vocabulary, width):
+            made.new_group()
+            layer = head.part(slice(token, token + width)).layer
+            made.add_layer(layer, positions, forward=True)
+            made.add_layer(layer, positions, forward=False)
     for number in range(len(network.layers) - 1, lowest - 1, -1):
         made.new_group()
         _backward(made, network.layers[number], rows, tokens, lowest=number == lowest)

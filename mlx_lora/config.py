@@ -206,7 +206,7 @@ class Train(Options):
         "mlp: the MLPs too | a number k: every k-th block too | true: every block",
     )
     loss_chunk: int | None = Field(
-        None, ge=1, description="positions whose logits are computed at a time; null: as many as keep the device busy"
+        None, ge=1, description="positions whose logits are computed at a time, in parts of the vocabulary; null: 1024"
     )
     prefix_cache: Literal["auto", "memory", "disk", "never"] = Field(
         "auto",

@@ -1,14 +1,63 @@
 """Where a model's hidden states become logits, so that logits are computed only where a loss needs them."""
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 Function = Callable[[mx.array], mx.array]
+LAYERS = nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding  # whose arrays have a row for each token
+
+
+@dataclass(frozen=True)
+class Head:
+    """A projection to logits by one layer, and what is done to each logit then. One of `LAYERS` can be had in parts.
+
+    Args:
+        layer: of K rows; an embedding is used as a linear layer.
+        finish: takes a logit to a logit.
+    """
+
+    layer: nn.Module
+    finish: Function
+
+    @property
+    def vocabulary(self) -> int:
+        return self.layer.weight.shape[0]
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        """The logits (..., K) of hidden states (..., D)."""
+        return self.finish(self.project(hidden))
+
+    def project(self, hidden: mx.array) -> mx.array:
+        """The layer's outputs (..., K), before `finish`."""
+        return getattr(self.layer, "as_linear", self.layer)(hidden)
+
+    def by_hidden(self, hidden: mx.array, projected: mx.array, by_logits: mx.array) -> mx.array:
+        """The gradient (..., D) to `hidden`, whose `project` is given, from that to the logits; the head is frozen."""
+        by_projected = mx.vjp(self.finish, [projected], [by_logits.astype(projected.dtype)])[1]
+        return mx.vjp(self.project, [hidden], by_projected)[1][0]
+
+    def part(self, tokens: slice | mx.array) -> "Head":
+        """The head of some tokens of the vocabulary alone."""
+        layer = copy(self.layer)
+        for name, array in layer.items():
+            layer[name] = array[tokens]
+        return Head(layer, self.finish)
+
+    def of_each(self, hidden: mx.array, tokens: mx.array) -> mx.array:
+        """The logit (N,) of one token (N,) for each of the hidden states (N, D)."""
+        layer = self.part(tokens).layer
+        weight = layer.weight
+        if "scales" in layer:
+            weight = mx.dequantize(
+                weight, layer.scales, layer.get("biases"), layer.group_size, layer.bits, mode=layer.mode
+            )
+        logits = (hidden * weight).sum(axis=-1)
+        return self.finish(logits + layer.bias if "bias" in layer else logits)
 
 
 @dataclass(frozen=True)
@@ -20,8 +69,7 @@ class Output:
     """
 
     hidden: Function
-    head: Function
-    vocabulary: int
+    head: Head | Function
     whole: str | None
     adapted: bool
 
@@ -31,45 +79,38 @@ def output_of(model: nn.Module) -> Output:
     the model itself on two tokens, bit for bit."""
     ids = mx.array([[0, 1]])
     expected = model(ids)[0]
-    vocabulary = expected.shape[-1]
     try:
         hidden = model.model(ids)[0]
         for head in _heads(model):
             if mx.array_equal(head(hidden), expected, equal_nan=True).item():
-                return Output(model.model, head, vocabulary, None, bool(_projection(model)[1].trainable_parameters()))
+                adapted = bool(head.layer.trainable_parameters())
+                return Output(model.model, head if isinstance(head.layer, LAYERS) else head.__call__, None, adapted)
     except (AttributeError, TypeError, ValueError):
         pass
     reason = f"{type(model).__module__}'s logits are no known function of its last hidden states"
-    return Output(model, lambda logits: logits, vocabulary, reason, adapted=False)
+    return Output(model, lambda logits: logits, reason, adapted=False)
 
 
-def _heads(model: nn.Module) -> Iterator[Function]:
-    """What mlx-lm's models make logits with: a projection, which some scale or cap."""
-    project = _projection(model)[0]
-    yield project
+def _heads(model: nn.Module) -> Iterator[Head]:
+    """What mlx-lm's models make logits with: a layer, tied models their embedding; some scale or cap them."""
+    layer = model.lm_head if "lm_head" in model else model.model.embed_tokens
+    yield Head(layer, lambda logits: logits)
     for holder in (model, model.args, model.model):
         if cap := getattr(holder, "final_logit_softcapping", None):
-            yield partial(_capped, project, cap)
+            yield Head(layer, partial(_capped, cap))
         if factor := getattr(holder, "logit_scale", None):
-            yield partial(_scaled, project, factor)
+            yield Head(layer, partial(_scaled, factor))
         if divisor := getattr(holder, "logits_scaling", None):
-            yield partial(_divided, project, divisor)
+            yield Head(layer, partial(_divided, divisor))
 
 
-def _capped(project: Function, cap: float, hidden: mx.array) -> mx.array:
-    return mx.tanh(project(hidden) / cap) * cap
+def _capped(cap: float, logits: mx.array) -> mx.array:
+    return mx.tanh(logits / cap) * cap
 
 
-def _scaled(project: Function, factor: float, hidden: mx.array) -> mx.array:
-    return project(hidden) * factor
+def _scaled(factor: float, logits: mx.array) -> mx.array:
+    return logits * factor
 
 
-def _divided(project: Function, divisor: float, hidden: mx.array) -> mx.array:
-    return project(hidden) / divisor
-
-
-def _projection(model: nn.Module) -> tuple[Any, nn.Module]:
-    """The output projection and the module that it is of; tied models use their embedding."""
-    if "lm_head" in model:
-        return model.lm_head, model.lm_head
-    return model.model.embed_tokens.as_linear, model.model.embed_tokens
+def _divided(divisor: float, logits: mx.array) -> mx.array:
+    return logits / divisor

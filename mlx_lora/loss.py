@@ -1,6 +1,5 @@
-"""Token cross-entropy in float32, and its sum over a batch, formed in chunks of positions."""
+"""Token cross-entropy in float32, and its sum over a batch, formed in parts."""
 
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -8,9 +7,11 @@ import mlx.core as mx
 
 from mlx_lora.batches import Batch
 from mlx_lora.exponential import exp
-from mlx_lora.head import Function, Output
+from mlx_lora.head import Head, Output
 
 Arrays = dict[str, Any]
+POSITIONS = 1024  # whose logits are computed at a time
+LOWEST = -3e38  # a float32 below every logit
 
 
 def token_loss(
@@ -77,40 +78,30 @@ def loss_sum(logits: mx.array, targets: mx.array, mask: mx.array, label_smoothin
 
 
 def head_loss_sum(
-    head: Function,
-    hidden: mx.array,
-    targets: mx.array,
-    mask: mx.array,
-    label_smoothing: float = 0.0,
-    *,
-    chunk: int,
+    head: Head, hidden: mx.array, targets: mx.array, mask: mx.array, label_smoothing: float = 0.0, *, chunk: int
 ) -> mx.array:
-    """`loss_sum` of ``head(hidden)`` with the logits of only `chunk` positions in memory at a time.
+    """`loss_sum` of ``head(hidden)`` with the logits of `chunk` positions and `part_size` tokens in memory at a time.
 
-    The gradient to `hidden` is formed chunk by chunk in the forward pass, where the logits are at hand (as in Liger
-    kernels, arXiv:2410.10989): no logits are kept for the backward pass or computed again in it. There is none to the
-    head's own parameters, so the head has to be frozen. Chunks are ordered by `mx.depends`: else MLX may start on all
-    of them at once.
+    The gradient to `hidden` is formed in the forward pass, where the logits are at hand (as in Liger kernels,
+    arXiv:2410.10989): none are kept for the backward pass or computed again in it. There is none to the head's own
+    parameters, so the head has to be frozen. Parts are ordered by `mx.depends`: else MLX may start on all at once.
 
     Args:
-        head: (n, D) → logits (n, K), one position at a time.
         hidden: (N, D).
         targets: (N,) token ids.
-        mask: (N,), how much each target counts. What is common to all is better here than in a factor of the result:
-            in bfloat16, a gradient that is scaled afterwards is rounded twice.
+        mask: (N,), how much each target counts.
         chunk: positions, at least 1.
     """
-    value_and_gradient = mx.value_and_grad(partial(_part_loss, head=head, label_smoothing=label_smoothing))
 
     @mx.custom_function
     def total(hidden: mx.array, targets: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
         loss = mx.array(0.0)
         gradients: list[mx.array] = []
         for part in _parts(hidden.shape[0], chunk):
-            now = mx.depends(hidden[part], [loss, *gradients[-1:]])
-            more, gradient = value_and_gradient(now, targets[part], mask[part])
-            loss = loss + more
-            gradients.append(gradient)
+            now, weight = mx.depends(hidden[part], [loss, *gradients[-1:]]), mask[part]
+            more, gradient = head_loss(head, now, targets[part], label_smoothing)
+            loss = loss + mx.where(weight > 0, weight * more, 0).sum()
+            gradients.append(mx.where(weight[:, None] != 0, weight[:, None] * gradient, 0).astype(hidden.dtype))
         return loss, mx.concatenate(gradients)
 
     @total.vjp
@@ -124,8 +115,65 @@ def head_loss_sum(
     return total(hidden, targets, mask)[0]
 
 
-def _part_loss(hidden: mx.array, targets: mx.array, mask: mx.array, head: Function, label_smoothing: float) -> mx.array:
-    return loss_sum(head(hidden), targets, mask, label_smoothing)
+def head_loss(
+    head: Head, hidden: mx.array, targets: mx.array, label_smoothing: float = 0.0, gradient: bool = True
+) -> tuple[mx.array, mx.array]:
+    """`token_loss` (N,) of ``head(hidden)`` and its gradient (N, D) to each hidden state, both float32, from a part of
+    the vocabulary at a time: so the head's weights are read once, and all logits never exist.
+
+    As in FlashAttention (Dao et al., 2022, arXiv:2205.14135), what is summed so far, in the normalizer and in the
+    gradient, shrinks where a part has a higher logit than all before. The target is left out of these sums: of a
+    gradient p - 1 that is nearly 0, rounding p would leave little.
+
+    Args:
+        hidden: (N, D).
+        targets: (N,) token ids.
+        gradient: whether it is wanted; else it is no result.
+    """
+    targets = targets[:, None]
+    highest = mx.full(targets.shape, LOWEST)
+    others, wanted, level = mx.zeros(targets.shape), mx.zeros(targets.shape), mx.zeros(targets.shape)
+    by_others, by_level = mx.zeros(hidden.shape), mx.zeros(hidden.shape)
+    width = part_size(hidden.shape[0])
+    for first in range(0, head.vocabulary, width):
+        tokens = slice(first, min(first + width, head.vocabulary))
+        part, size, place = head.part(tokens), tokens.stop - first, targets - first
+        now = mx.depends(hidden, [others, by_others, by_level] if gradient else [others])
+        projected = part.project(now)
+        logits = part.finish(projected).astype(mx.float32)
+        within = mx.clip(place, 0, size - 1)
+        here = place == within
+        wanted = mx.where(here, mx.take_along_axis(logits, within, axis=-1), wanted)
+        before, highest = highest, mx.maximum(highest, _max(logits))
+        powers = exp(logits - highest)
+        kept = mx.where(here, 0, mx.take_along_axis(powers, within, axis=-1))
+        powers = mx.put_along_axis(powers, within, kept, axis=-1)
+        shrink = mx.contiguous(exp(before - highest))  # or mx.compile would take it again for every element below
+        others = shrink * others + _sum(powers)[:, None]
+        by_others = shrink * by_others + part.by_hidden(now, projected, powers)
+        if label_smoothing > 0:
+            level = level + _sum(logits)[:, None] / head.vocabulary
+            by_level = by_level + part.by_hidden(now, projected, mx.full(logits.shape, 1 / head.vocabulary))
+    total = others + exp(wanted - highest)
+    loss = mx.log(total) + (highest - wanted) + label_smoothing * (wanted - level)
+    _, [by_wanted] = mx.vjp(
+        lambda hidden: head.of_each(hidden, targets.squeeze(-1)),
+        [hidden],
+        [(label_smoothing - others / total).squeeze(-1).astype(hidden.dtype)],
+    )
+    return loss.squeeze(-1), by_others / total + by_wanted - label_smoothing * by_level
+
+
+def part_size(positions: int) -> int:
+    """Tokens of the vocabulary whose logits are computed at a time: 8 MiB of logits in float32, and at least 4,096."""
+    return max(4096, 2**21 // max(1, positions))
+
+
+def _max(values: mx.array) -> mx.array:
+    """Over the last axis, which is kept. MLX compares a row on a CPU one by one, but rows with each other at once."""
+    if values.shape[-1] % 64 == 0:
+        values = mx.unflatten(values, -1, (64, -1)).max(axis=-2)
+    return values.max(axis=-1, keepdims=True)
 
 
 def _parts(number: int, chunk: int) -> list[slice]:
@@ -133,14 +181,6 @@ def _parts(number: int, chunk: int) -> list[slice]:
     parts = max(1, -(-number // chunk))
     edges = [number * part // parts for part in range(parts + 1)]
     return [slice(first, last) for first, last in pairwise(edges)]
-
-
-def chunk_size(vocabulary: int) -> int:
-    """Positions whose float32 logits take about 8 MiB, and at least 48: with fewer, reading the head's weights again
-    for every chunk takes longer than multiplying them. On a GPU, which multiplies faster than it reads, 64 MiB and
-    256."""
-    least, size = (48, 8 * 2**20) if mx.default_device() == mx.cpu else (256, 64 * 2**20)
-    return max(least, size // (4 * vocabulary))
 
 
 def arrays(batch: Batch) -> Arrays:
@@ -159,23 +199,27 @@ def arrays(batch: Batch) -> Arrays:
 
 
 def batch_loss(output: Output, batch: Arrays, label_smoothing: float = 0.0, chunk: int | None = None) -> mx.array:
-    """The summed loss of a batch, differentiable in the adapter. `chunk`: see `head_loss_sum`; None: `chunk_size`.
+    """The summed loss of a batch, differentiable in the adapter. `chunk`: see `head_loss_sum`; None: `POSITIONS`.
 
-    A head that is trained itself gets its gradient from all logits of the batch at once.
+    A head that is trained itself, or not known, gets its gradient from all logits of the batch at once.
     """
-    hidden = _hidden(output, batch)
-    if output.adapted:
-        return loss_sum(output.head(hidden), batch["targets"], batch["mask"], label_smoothing)
-    chunk = chunk or chunk_size(output.vocabulary)
-    return head_loss_sum(output.head, hidden, batch["targets"], batch["mask"], label_smoothing, chunk=chunk)
+    hidden, head = _hidden(output, batch), output.head
+    if output.adapted or not isinstance(head, Head):
+        return loss_sum(head(hidden), batch["targets"], batch["mask"], label_smoothing)
+    chunk = chunk or POSITIONS
+    return head_loss_sum(head, hidden, batch["targets"], batch["mask"], label_smoothing, chunk=chunk)
 
 
 def batch_score(output: Output, batch: Arrays) -> mx.array:
     """The summed loss of a batch, without smoothing and without anything for a gradient."""
-    hidden, loss = _hidden(output, batch), mx.array(0.0)
-    for part in _parts(hidden.shape[0], chunk_size(output.vocabulary)):
-        logits = output.head(mx.depends(hidden[part], [loss]))
-        loss = loss + loss_sum(logits, batch["targets"][part], batch["mask"][part])
+    hidden, head, loss = _hidden(output, batch), output.head, mx.array(0.0)
+    for part in _parts(hidden.shape[0], POSITIONS if isinstance(head, Head) else POSITIONS // 16):
+        now, targets, mask = mx.depends(hidden[part], [loss]), batch["targets"][part], batch["mask"][part]
+        if isinstance(head, Head):
+            losses = head_loss(head, now, targets, gradient=False)[0]
+            loss = loss + mx.where(mask > 0, mask * losses, 0).sum()
+        else:
+            loss = loss + loss_sum(head(now), targets, mask)
     return loss
 
 

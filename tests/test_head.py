@@ -1,4 +1,4 @@
-"""Logits at chosen positions are those of the whole model, whatever its head is; so are loss and gradient in chunks."""
+"""Logits at chosen positions are those of the whole model, whatever its head is; so are loss and gradient in parts."""
 
 import importlib
 
@@ -9,10 +9,11 @@ import pytest
 import tiny
 
 from mlx_lora import lora
+from mlx_lora import loss as loss_module
 from mlx_lora.batches import Batch
 from mlx_lora.config import Lora
-from mlx_lora.head import output_of
-from mlx_lora.loss import arrays, batch_loss, batch_score, head_loss_sum, loss_sum
+from mlx_lora.head import Head, output_of
+from mlx_lora.loss import arrays, batch_loss, batch_score, head_loss, head_loss_sum, loss_sum
 
 SMALL = {
     "hidden_size": 32,
@@ -79,7 +80,7 @@ def test_logits_at_positions_are_those_of_the_whole_model(name, adapted):
 @pytest.mark.parametrize("name", list(MODELS))
 def test_every_one_of_these_heads_is_found(name):
     output = output_of(build(name))
-    assert (output.whole, output.vocabulary, output.adapted) == (None, 61, False)
+    assert (output.whole, output.head.vocabulary, output.adapted) == (None, 61, False)
 
 
 def test_an_unknown_head_says_that_logits_are_computed_whole():
@@ -103,7 +104,7 @@ class Wrapped(nn.Module):
         return logits - logits.mean(axis=-2, keepdims=True) if hidden.ndim == 3 else logits
 
 
-# ---- loss and gradient, chunk by chunk -------------------------------------------------------------------------------
+# ---- loss and gradient, part by part ---------------------------------------------------------------------------------
 
 
 def heads() -> dict[str, tuple]:
@@ -112,9 +113,10 @@ def heads() -> dict[str, tuple]:
     plain, biased = nn.Linear(32, 61, bias=False), nn.Linear(32, 61)
     quantized = nn.QuantizedLinear.from_linear(nn.Linear(32, 61), group_size=32, bits=4)
     embedding = nn.Embedding(61, 32)
+    packed = nn.QuantizedEmbedding.from_embedding(embedding, group_size=32, bits=4)
 
     def weight(layer):
-        if isinstance(layer, nn.QuantizedLinear):
+        if "scales" in layer:
             return tiny.float64(mx.dequantize(layer.weight, layer.scales, layer.biases, 32, 4))
         return tiny.float64(layer.weight)
 
@@ -130,20 +132,22 @@ def heads() -> dict[str, tuple]:
         )
 
     return {
-        "untied": (plain, *linear(plain)),
-        "biased": (biased, *linear(biased)),
-        "quantized": (quantized, *linear(quantized)),
-        "tied": (embedding.as_linear, *linear(embedding)),
-        "scaled": (lambda h: plain(h) * 0.25, *linear(plain, 0.25)),
-        "capped": (lambda h: mx.tanh(plain(h) / 3) * 3, *capped(plain, 3.0)),
+        "untied": (Head(plain, lambda logits: logits), *linear(plain)),
+        "biased": (Head(biased, lambda logits: logits), *linear(biased)),
+        "quantized": (Head(quantized, lambda logits: logits), *linear(quantized)),
+        "tied": (Head(embedding, lambda logits: logits), *linear(embedding)),
+        "tied, quantized": (Head(packed, lambda logits: logits), *linear(packed)),
+        "scaled": (Head(plain, lambda logits: logits * 0.25), *linear(plain, 0.25)),
+        "capped": (Head(plain, lambda logits: mx.tanh(logits / 3) * 3), *capped(plain, 3.0)),
     }
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
-@pytest.mark.parametrize("chunk", [1, 7, 100])
+@pytest.mark.parametrize(("chunk", "part"), [(1, 16), (7, 61), (100, 7)])
 @pytest.mark.parametrize("name", list(heads()))
-def test_chunked_loss_and_gradient_are_the_closed_form_in_float64(name, chunk, smoothing, compiled):
+def test_loss_and_gradient_in_parts_are_the_closed_form_in_float64(name, chunk, part, smoothing, compiled, monkeypatch):
+    monkeypatch.setattr(loss_module, "part_size", lambda positions: part)
     head, logits_of, back = heads()[name]
     random = np.random.default_rng(0)
     hidden = random.normal(0, 2, (37, 32)).astype(np.float32)
@@ -166,11 +170,31 @@ def test_chunked_loss_and_gradient_are_the_closed_form_in_float64(name, chunk, s
     np.testing.assert_allclose(np.array(gradient), slope, rtol=0, atol=2e-6 * np.abs(slope).max())
 
 
-def test_chunks_take_less_memory_than_all_logits():
+@pytest.mark.parametrize("kind", [mx.float32, mx.bfloat16])
+def test_a_token_that_is_nearly_certain_gets_its_small_gradient(kind, monkeypatch):
+    """Its p - 1 is -1e-4: in bfloat16, p itself would be 1. Each part has a higher logit than the one before."""
+    monkeypatch.setattr(loss_module, "part_size", lambda positions: 16)
+    layer = nn.Linear(32, 61, bias=False)
+    layer.weight = mx.zeros((61, 32))
+    layer.weight[:, 0] = mx.arange(61) / 8
+    layer.weight[60, 0] = 16
+    layer.set_dtype(kind)
+    hidden, targets = mx.ones((1, 32)).astype(kind), mx.array([60])
+    loss, gradient = head_loss(Head(layer, lambda logits: logits), hidden, targets)
+    logits = tiny.float64(layer.weight)[:, 0]
+    powers = np.exp(logits - 16)
+    p = powers / powers.sum()
+    assert 5e-5 < 1 - p[60] < 5e-3
+    assert loss.item() == pytest.approx(-np.log(p[60]), abs=2e-7)
+    expected = (p[:60] * (logits[:60] - 16)).sum()  # the derivative of -log p, along the first axis
+    assert gradient[0, 0].item() == pytest.approx(expected, rel=1e-5 if kind == mx.float32 else 1e-2)
+
+
+def test_parts_take_less_memory_than_all_logits():
     """256 positions of a vocabulary of 30,000: all logits take 31 MB, several times over."""
-    head = nn.Linear(64, 30_000, bias=False)
+    head = Head(nn.Linear(64, 30_000, bias=False), lambda logits: logits)
     hidden, targets, mask = mx.random.normal((256, 64)), mx.arange(256), mx.ones(256)
-    mx.eval(head.parameters(), hidden, targets, mask)
+    mx.eval(head.layer.parameters(), hidden, targets, mask)
 
     def peak(loss):
         mx.reset_peak_memory()
@@ -185,8 +209,9 @@ def test_chunks_take_less_memory_than_all_logits():
 
 
 def test_hidden_states_in_half_precision_get_their_gradient_in_it():
-    head = nn.Linear(32, 61, bias=False)
-    head.set_dtype(mx.bfloat16)
+    layer = nn.Linear(32, 61, bias=False)
+    layer.set_dtype(mx.bfloat16)
+    head = Head(layer, lambda logits: logits)
     hidden = mx.random.normal((9, 32)).astype(mx.bfloat16)
     targets, mask = mx.arange(9), mx.full(9, 1 / 257)
     value, gradient = mx.value_and_grad(lambda h: head_loss_sum(head, h, targets, mask, chunk=4))(hidden)
@@ -203,7 +228,7 @@ def test_hidden_states_in_half_precision_get_their_gradient_in_it():
     ("name", "patterns"), [("tied", ["embed_tokens"]), ("untied", ["lm_head"]), ("tied", ["q_proj"])]
 )
 def test_an_adapted_head_gets_its_gradient(name, patterns):
-    """By finite differences along the gradient; with a head in chunks it would be without one."""
+    """By finite differences along the gradient; with a head in parts it would be without one."""
     model = build(name)
     lora.attach(model, Lora(rank=2, target_modules=patterns))
     tiny.randomize(model, size=0.5)
