@@ -33,7 +33,8 @@ class Watch:
     def __init__(self) -> None:
         self.weights = self.peak = self.kept = 0
         self.filling = 0.0
-        self.inputs = self.padded = self.supervised = self.padding_targets = self.batches = 0
+        self.inputs = self.padded = self.supervised = self.padding_targets = 0
+        self.sizes: list[int] = []  # inputs of each batch
         self.started = 0.0
         self.epoch_ends: list[float] = []
         self._reset = mx.reset_peak_memory
@@ -54,7 +55,7 @@ class Watch:
         self.padded += padded
         self.supervised += supervised
         self.padding_targets += padding_targets
-        self.batches += 1
+        self.sizes.append(inputs)
 
     def figures(self) -> dict[str, Any]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -124,6 +125,7 @@ def mlx_lms(spec: dict[str, Any], watch: Watch) -> None:
 def ours(spec: dict[str, Any], watch: Watch) -> None:
     """mlx_lora.train; without clipping, which mlx-lm does not have."""
     from mlx_lora import data, metrics, model
+    from mlx_lora.batches import Batches
     from mlx_lora.prefix import PrefixCache
     from mlx_lora.step import Step
 
@@ -152,6 +154,17 @@ def ours(spec: dict[str, Any], watch: Watch) -> None:
         fill(self, *arguments, **options)
         watch.filling, watch.kept = time.time() - begin, self._kept.nbytes
 
+    def mlx_lms_epoch(self: Batches, number: int) -> list[list[np.ndarray]]:
+        """mlx-lm's updates (trainer.iterate_batches): rows as they stand in the file (what it sorts by is the number of
+        a row's keys), in batches that stay, in a new order."""
+        rows, size = np.arange(len(self.examples)), self.batch_size
+        batches = [rows[first : first + size] for first in range(0, rows.size - size + 1, size)]
+        random = np.random.RandomState(spec["seed"])
+        order = [random.permutation(len(batches)) for _ in range(number + 1)][-1]
+        return [[batches[batch]] for batch in order]
+
+    if spec["same_batches"]:
+        Batches._epoch = mlx_lms_epoch  # type: ignore[method-assign]
     PrefixCache.__init__ = watched_fill  # type: ignore[method-assign]
     model.load, data.tokenize, Step.__call__ = watched_load, watched_tokenize, watched_step  # type: ignore[method-assign]
     config = {

@@ -1,14 +1,14 @@
 """The real mlx-lm trainer and ours on the same work: time, tokens per second, memory, padding and held-out loss.
 
     python benchmarks/vs_mlx_lm.py [--cases a b c d e long] [--repeats 5] [--rows N] [--set train.batch_tokens=2048]
-        [--dtype float32] [--tiny] [--json FILE]
+        [--same-batches] [--dtype float32] [--tiny] [--json FILE]
 
 Both sides run what their commands run (train_once.py) on the same files: model, rows, starting adapter, rows in a
 batch, rank, alpha, adapted layers, epochs, constant learning rate, AdamW with bias correction, no clipping; float32 on
 a CPU, bfloat16 elsewhere. All else is as each side's defaults have it. A measurement is a process of its own, the sides
 take turns, and each repeat has its own seed (starting adapter, order of rows). A figure is the median over the repeats,
 a ratio is ours / mlx-lm's of these medians. OpenBLAS is loaded for both. cases.py holds the cases; `long` is ours alone
-and runs only when named.
+and runs only when named. `--same-batches` adds a side: ours with mlx-lm's rows in a batch, in its order.
 
 s/epoch: `process` is the process from start to exit (imports, loading, saving) over its epochs; `steady` is from the
     end of the first epoch, in which shapes are traced, to the end of the last, over the epochs between (of a single
@@ -49,18 +49,20 @@ from mlx_lora.adapter_files import mlx_form
 from mlx_lora.config import Data, Lora, Model
 from mlx_lora.errors import exit_code
 
-PEER, OURS, CHECKPOINTED = "mlx-lm", "ours", "ours, checkpointing"
+PEER, OURS, CHECKPOINTED, SAME = "mlx-lm", "ours", "ours, checkpointing", "ours, mlx-lm's batches"
 FIGURES = ("process", "steady", "real", "learned", "peak", "resident", "padding", "held_out")
 
 
-def sides(case: Case) -> list[str]:
+def sides(case: Case, same_batches: bool) -> list[str]:
     """What is measured in a case."""
     if case.name == "long":
         return [CHECKPOINTED]
-    return [PEER, OURS] if case.checkpointed is None else [PEER, OURS, CHECKPOINTED]
+    return [PEER, OURS] + [SAME] * same_batches + [CHECKPOINTED] * (case.checkpointed is not None)
 
 
-def measure(case: Case, repeats: int, dtype: str, overrides: list[str], scratch: Path) -> dict[str, Any]:
+def measure(
+    case: Case, repeats: int, dtype: str, overrides: list[str], same_batches: bool, scratch: Path
+) -> dict[str, Any]:
     """All figures of a case: medians and ratios by side, and every run by itself."""
     base = cases.write_model(case, scratch / "model", dtype)
     mx.clear_cache()
@@ -71,12 +73,14 @@ def measure(case: Case, repeats: int, dtype: str, overrides: list[str], scratch:
         "chats": case.shape is None or case.supervised < 1,
         "max_seq_length": max(2048, case.longest),
     }
-    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides(case)}
+    chosen = sides(case, same_batches)
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in chosen}
     for seed in range(repeats):
         start = _save_start(case, base, seed, scratch / f"start {seed}")
-        for side in sides(case) if seed % 2 == 0 else sides(case)[::-1]:
+        for side in chosen if seed % 2 == 0 else chosen[::-1]:
             output = scratch / f"{side} {seed}"
             spec = shared | {"seed": seed, "start": str(start), "output": str(output), "overrides": overrides}
+            spec["same_batches"] = side == SAME
             if side == CHECKPOINTED:
                 spec["overrides"] = ["train.gradient_checkpointing=true", *overrides]
             runs[side].append({"seed": seed} | _run(side, spec, scratch))
@@ -192,8 +196,8 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"{side:28}" + "".join(_cell(shown[name], name) for name in FIGURES))
     for side, ratios in result["ratios"].items():
         lines.append(f"{side + ' / ' + PEER:28}" + "".join(_cell(ratios[name], "ratio") for name in FIGURES))
-        required = {"peak": f"<= {case['checkpointed']}"}
-        if side != CHECKPOINTED:
+        required = {"peak": f"<= {case['checkpointed']}"} if side == CHECKPOINTED else {}
+        if side == OURS:
             required = {"real": f">= {case['speed']}", "peak": f"<= {case['memory']}"}
         lines.append((f"{'  required':28}" + "".join(f"{required.get(name, ''):>10}" for name in FIGURES)).rstrip())
     return "\n".join(lines + _notes(result))
@@ -214,7 +218,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
     for side in result["ratios"]:
         differences = [own["held_out"] - peer["held_out"] for own, peer in zip(runs[side], runs[PEER], strict=True)]
         shown = ", ".join(f"{difference:+.4f}" for difference in differences)
-        notes.append(f"held-out loss, {side} less {PEER}, seed by seed: {shown}")
+        notes.append(f"held-out loss, {side} less {PEER}, seed by seed: {shown}; mean {_mean(differences)}")
     case = result["case"]
     learned = {side: of_side[0]["watched"]["supervised"] // case["epochs"] for side, of_side in runs.items()}
     notes.append("tokens learned in an epoch: " + ", ".join(f"{side} {number:,}" for side, number in learned.items()))
@@ -223,6 +227,12 @@ def _notes(result: dict[str, Any]) -> list[str]:
         left_out = case["rows"] % case["batch_size"]
         notes[-1] += f"; {PEER} learns {padding:,} of padding too, and leaves out {left_out} of the rows"
     return notes
+
+
+def _mean(values: list[float]) -> str:
+    """With its standard error, where there are several."""
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):+.4f}{error}"
 
 
 def _main() -> None:
@@ -234,6 +244,7 @@ def _main() -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="A.B=VALUE", help="another option of ours; any number of times"
     )
+    parser.add_argument("--same-batches", action="store_true", help="another side: ours with mlx-lm's batches")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the base")
     parser.add_argument("--tiny", action="store_true", help="tiny models and short rows, to see that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON too")
@@ -256,7 +267,9 @@ def _main() -> None:
         if case.rows < case.batch_size:
             parser.error(f"--rows: mlx-lm trains on no fewer rows than a batch of case {name} holds, {case.batch_size}")
         with tempfile.TemporaryDirectory() as scratch:
-            figures["cases"][name] = measure(case, options.repeats, dtype, options.set, Path(scratch))
+            figures["cases"][name] = measure(
+                case, options.repeats, dtype, options.set, options.same_batches, Path(scratch)
+            )
         mx.clear_cache()
         print(table(figures["cases"][name]), flush=True)
         if options.json:  # after each case: the next one may take long, or more memory than there is

@@ -323,7 +323,7 @@ def test_the_judge_of_held_out_rows(benchmark: Callable[[str], ModuleType]) -> N
 
 @pytest.mark.slow
 def test_vs_mlx_lm(tmp_path: Path, benchmark: Callable[[str], ModuleType]) -> None:
-    text, figures = run("vs_mlx_lm.py", tmp_path, "--tiny", "--cases", "b", "c", "--repeats", "1")
+    text, figures = run("vs_mlx_lm.py", tmp_path, "--tiny", "--cases", "b", "c", "--repeats", "1", "--same-batches")
     cases = benchmark("cases")
     for name, result in figures["cases"].items():
         rows = cases.examples(cases.tiny(cases.CASES[name]))
@@ -347,7 +347,11 @@ def test_vs_mlx_lm(tmp_path: Path, benchmark: Callable[[str], ModuleType]) -> No
             assert f"{ratios['real']:.3f}" in text
     # A single row is the same update on both sides, but for the padding token that mlx-lm learns after it.
     one_row = [own["held_out"] for own in figures["cases"]["c"]["sides"].values()]
-    assert one_row == pytest.approx([one_row[0]] * 3, abs=2e-4)
+    assert one_row == pytest.approx([one_row[0]] * 4, abs=2e-4)
+    runs = figures["cases"]["b"]["runs"]
+    sizes = {side: repeat["watched"]["sizes"] for side, [repeat] in runs.items()}
+    assert sizes["ours, mlx-lm's batches"] == sizes["mlx-lm"] != sizes["ours"]
+    assert len(sizes["mlx-lm"]) == 8
     assert figures["cases"]["c"]["runs"]["mlx-lm"][0]["watched"]["padding_targets"] == 2
 
 
