@@ -165,8 +165,8 @@ def head_loss(
 
 
 def part_size(positions: int) -> int:
-    """Tokens of the vocabulary whose logits are computed at a time: 8 MiB of logits in float32, and at least 4,096."""
-    return max(4096, 2**21 // max(1, positions))
+    """Tokens of the vocabulary whose logits are computed at a time: 2 MiB of logits in float32, and at least 4,096."""
+    return max(4096, 2**19 // max(1, positions))
 
 
 def _max(values: mx.array) -> mx.array:
