@@ -86,7 +86,7 @@ def test_order_is_a_function_of_seed_and_epoch(batches):
 
 
 def test_composition_of_batches_changes_every_epoch(batches):
-    few = Batches(examples(np.arange(100, 300)), 4, 0)  # sorted by length alone, they would be the same ones each time
+    few = Batches(examples(np.arange(100, 300)), 4, 0)  # sorted all together, they would be the same ones each time
     for of_some, most in ((batches, 5), (few, 25)):
         first, second = ({frozenset(rows.tolist()) for [rows] in of_some.epoch(epoch)} for epoch in (0, 1))
         assert len(first & second) < most
@@ -101,6 +101,16 @@ def test_rows_of_a_batch_are_neighbours_in_length(batches):
     shuffled = np.random.default_rng(0).permutation(1003)
     assert padding(np.array_split(shuffled, 251)) > 0.3
     assert padding([rows for [rows] in batches.epoch(0)]) < 0.05
+
+
+def test_few_rows_are_not_sorted_all_together():
+    """Eight batches: neighbours of two, so that no update has the shortest rows alone, and the next one the longest."""
+    lengths = np.arange(100, 164)
+    batches = Batches(examples(lengths), 8, 0)
+    spread = [lengths[rows].max() - lengths[rows].min() for number in range(5) for [rows] in batches.epoch(number)]
+    assert np.mean(spread) > 20  # 7 if they were
+    random = np.random.default_rng(0).permuted(np.tile(lengths, (50, 1)), axis=1).reshape(-1, 8)
+    assert np.mean(spread) < 0.8 * np.ptp(random, axis=1).mean()
 
 
 def test_batches_hold_the_rows_where_they_say(laid_out):
