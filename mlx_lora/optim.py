@@ -59,8 +59,7 @@ def learning_rate(config: Train, step: int, steps: int) -> float:
 def initial_state(optimizer: mlx_optim.Optimizer, parameters: dict[str, mx.array]) -> dict[str, Any]:
     """The optimizer's state before the first update: ``step``, ``learning_rate`` and a slot dict per parameter."""
     optimizer.init(parameters)
-    state, optimizer.state = optimizer.state, {}  # it would hold these arrays beside those of every later state
-    return state
+    return optimizer.state
 
 
 def flatten_state(state: dict[str, Any]) -> dict[str, mx.array]:

@@ -5,6 +5,7 @@ rows it holds. The order is fixed, what usually costs least time first: smaller 
 whole blocks, then fewer logits at a time.
 """
 
+import gc
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -142,6 +143,7 @@ def _cut(batch: Batch, width: int, share: bool) -> Batch:
 
 def _try(options: Train, model: nn.Module, batch: Batch, compiled: bool) -> Need:
     """Two steps of one batch; the first traces and compiles."""
+    gc.collect()  # what an earlier step left in cycles would be freed meanwhile, and not counted
     with prepared(model, options) as attention:
         mx.eval(lora.parameters(model))
         mx.clear_cache()

@@ -96,7 +96,9 @@ class Step:
     def initial_state(self) -> State:
         """The state before the first update, from the model's adapter."""
         adapter = lora.parameters(self.model)
-        return State(adapter, initial_state(self.optimizer, adapter))
+        state = State(adapter, initial_state(self.optimizer, adapter))
+        self.optimizer.state = {}  # else it would hold these arrays beside those of every later state
+        return state
 
     def __call__(self, state: State, batches: list[Batch], learning_rate: float, number: int) -> tuple[State, Outcome]:
         """The state after update `number` (from 0), and its figures; all evaluated."""

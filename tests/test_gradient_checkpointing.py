@@ -12,10 +12,10 @@ import tiny
 from mlx_lm.models import lfm2, mamba2, mixtral
 
 from mlx_lora import lora
-from mlx_lora.attention import Attention
-from mlx_lora.config import Lora
+from mlx_lora.config import Lora, Train
 from mlx_lora.errors import InputError
 from mlx_lora.gradient_checkpointing import Level, checkpoint_blocks
+from mlx_lora.step import prepare
 
 LEVELS: list[Level] = ["selective", 3, 2, "mlp", True]
 
@@ -192,13 +192,12 @@ def test_no_tracer_stays_in_the_model(fail):
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
 def test_no_product_is_computed_again_where_only_the_rest_is(name, targets, tmp_path):
-    """By the operations in the graph of all gradients. MLX's own normalization here: the sums in ours are products."""
+    """By the operations in the graph of all gradients."""
 
     def products(level: Level) -> int:
         model = tiny.BUILDERS[name](num_hidden_layers=4)
         lora.attach(model, Lora(rank=4, target_modules=targets), seed=1)
-        Attention.install(model)
-        checkpoint_blocks(model, level)
+        prepare(model, Train(gradient_checkpointing=level))
         mx.export_to_dot(str(tmp_path / "graph"), *gradients(model, tiny.tokens()).values())
         return len(re.findall(r'label ?="(?:Matmul|AddMM|GatherMM)"', (tmp_path / "graph").read_text()))
 

@@ -17,8 +17,13 @@ from mlx_lora.errors import InputError
 from mlx_lora.gradient_checkpointing import checkpoint_blocks
 from mlx_lora.prefix import PrefixCache, choose, first_adapted_block, size, unusable
 
-# In batches of four each row meets other rows every epoch, in a batch of the same shape.
+# Sorted all together, in batches of four each row meets other rows every epoch, in a batch of the same shape.
 LENGTHS = [6, 7, 8, 9] * 2 + [20] * 8 + [42, 44, 47, 49] * 2 + [150] * 4
+
+
+@pytest.fixture
+def same_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_lora.batches.SHARE", 1)
 
 
 def rows_of(lengths) -> list[Example]:
@@ -75,6 +80,7 @@ def trained(model, batches, cache=None, compiled=True) -> dict[str, np.ndarray]:
 # ---- the same numbers ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("same_shapes")
 @pytest.mark.parametrize("name", tiny.BUILDERS)
 def test_losses_and_gradients_of_two_epochs_are_the_same_bit_for_bit(name, tmp_path):
     model = adapted(tiny.BUILDERS[name](num_hidden_layers=4))
@@ -85,6 +91,7 @@ def test_losses_and_gradients_of_two_epochs_are_the_same_bit_for_bit(name, tmp_p
     tiny.assert_identical(trained(model, batches, PrefixCache(model, batches, tmp_path)), without)
 
 
+@pytest.mark.usefixtures("same_shapes")
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 def test_half_precision_is_the_same_bit_for_bit(dtype, tmp_path):
     model = tiny.llama(num_hidden_layers=3)
@@ -95,6 +102,7 @@ def test_half_precision_is_the_same_bit_for_bit(dtype, tmp_path):
     tiny.assert_identical(trained(model, batches, cache), trained(model, batches))
 
 
+@pytest.mark.usefixtures("same_shapes")
 @pytest.mark.parametrize("case", ["eager", "dropout", "checkpointed before", "checkpointed after", "head", "head only"])
 def test_whatever_the_upper_part_does_is_the_same_bit_for_bit(case):
     patterns = {"head": ["all-linear", "lm_head"], "head only": ["lm_head"]}.get(case, "all-linear")
