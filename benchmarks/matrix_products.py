@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx_lora import lora
 from mlx_lora.batches import Batch
 from mlx_lora.head import Head
-from mlx_lora.loss import POSITIONS, part_size
+from mlx_lora.loss import POSITIONS, part_size, parts
 
 # The order in which a block applies its layers; attention lies between v_proj and o_proj.
 STAGES = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 2, "gate_proj": 3, "up_proj": 3, "down_proj": 4}
@@ -88,8 +88,8 @@ def products(network: nn.Module, rows: int, tokens: int, at_head: int) -> Produc
         made.new_group()
         _forward(made, block, rows, tokens)
     head = Head(network.lm_head if "lm_head" in network else network.model.embed_tokens, lambda logits: logits)
-    for first in range(0, at_head, POSITIONS):
-        positions = min(POSITIONS, at_head - first)
+    for part in parts(at_head, POSITIONS):
+        positions = part.stop - part.start
         width = part_size(positions)
         for token in range(0, head.vocabulary, width):
             made.new_group()

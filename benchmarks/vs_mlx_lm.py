@@ -266,6 +266,10 @@ def _main() -> None:
         case = replace(case, rows=options.rows or case.rows)
         if case.rows < case.batch_size:
             parser.error(f"--rows: mlx-lm trains on no fewer rows than a batch of case {name} holds, {case.batch_size}")
+        if options.same_batches and case.rows % case.batch_size:
+            parser.error(
+                f"--rows: with --same-batches, a multiple of what a batch of case {name} holds, {case.batch_size}"
+            )
         with tempfile.TemporaryDirectory() as scratch:
             figures["cases"][name] = measure(
                 case, options.repeats, dtype, options.set, options.same_batches, Path(scratch)

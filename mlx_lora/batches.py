@@ -133,10 +133,10 @@ class Batches:
                 yield now.result()
 
     def in_order(self) -> Iterator[Batch]:
-        """Every row once, by length, the same each time: for evaluation."""
+        """Every row once, the longest first, the same each time: for evaluation."""
         by_length = np.argsort(self._lengths, kind="stable")
         groups = np.split(by_length, range(self.batch_size, len(by_length), self.batch_size))
-        for lines in self._layout(groups):
+        for lines in self._layout(groups[::-1]):
             yield self.collate(lines)
 
     def largest(self) -> Batch:

@@ -7,6 +7,7 @@ from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 Function = Callable[[mx.array], mx.array]
 LAYERS = nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding  # whose arrays have a row for each token
@@ -65,13 +66,13 @@ class Output:
     """A model cut in two: ``hidden`` takes token ids (B, T) to (B, T, D), ``head`` takes (N, D) to logits (N, K).
 
     ``whole`` says why a model cannot be cut there (None where it can): then ``hidden`` gives the logits, D = K, and
-    ``head`` does nothing. ``adapted`` is whether the head itself is trained.
+    ``head`` does nothing. ``at_once`` says why a loss needs all logits of a batch at once (None where it does not).
     """
 
     hidden: Function
     head: Head | Function
     whole: str | None
-    adapted: bool
+    at_once: str | None
 
 
 def output_of(model: nn.Module) -> Output:
@@ -83,12 +84,15 @@ def output_of(model: nn.Module) -> Output:
         hidden = model.model(ids)[0]
         for head in _heads(model):
             if mx.array_equal(head(hidden), expected, equal_nan=True).item():
-                adapted = bool(head.layer.trainable_parameters())
-                return Output(model.model, head if isinstance(head.layer, LAYERS) else head.__call__, None, adapted)
+                if tree_flatten(head.layer.trainable_parameters()):
+                    return Output(model.model, head.__call__, None, "the output head is adapted")
+                if not isinstance(head.layer, LAYERS):
+                    return Output(model.model, head.__call__, None, f"the head is a {type(head.layer).__name__}")
+                return Output(model.model, head, None, None)
     except (AttributeError, TypeError, ValueError):
         pass
     reason = f"{type(model).__module__}'s logits are no known function of its last hidden states"
-    return Output(model, lambda logits: logits, reason, adapted=False)
+    return Output(model, lambda logits: logits, reason, reason)
 
 
 def _heads(model: nn.Module) -> Iterator[Head]:

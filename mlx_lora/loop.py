@@ -61,6 +61,7 @@ class Run:
         self.valid_batches = valid_batches(self.config, self.valid.examples) if self.valid else None
         self.steps = total_steps(self.config, self.batches)
         self.best: checkpoint.Saved | None = None
+        self._ahead = memory.NoFurtherAhead()
         self.settings = mlx_form.settings(
             replace(lora.attached(self.base.model), base=self.config.model), len(self.base.model.layers)
         )
@@ -82,14 +83,14 @@ class Run:
         options, model = self.config.train, self.base.model
         if self.config.data.packing:
             attention.require_packed(self.config.model.path, self.batches.largest().inputs.shape[1])
+        mx.reset_peak_memory()
         self.prefix = self._prefix_cache()
-        step = Step(model, make_optimizer(options), options, can_compile(), attention, self.prefix)
+        step = Step(model, make_optimizer(options), options, can_compile(), attention, self.prefix, self._ahead)
         self._say_layout(step)
         state = step.initial_state()
         if resume_from is not None:
             state, self.best = checkpoint.restore(resume_from, state)
         self.log.open(self.folder, progress.step)
-        mx.reset_peak_memory()
         try:
             with _Signals() as signals:
                 self.log.start_bar(progress.step, self.steps)
@@ -127,8 +128,8 @@ class Run:
         self.log.say(f"padding efficiency {self.batches.padding_efficiency:.2f}: real tokens of those computed")
         if step.output.whole:
             self.log.say(f"logits are computed at every position: {step.output.whole}")
-        if step.output.adapted:
-            self.log.say("all logits of a batch are in memory at once: the output head is adapted")
+        if step.output.at_once:
+            self.log.say(f"all logits of a batch are in memory at once: {step.output.at_once}")
 
     def _steps(self, step: Step, state: State, progress: Progress, signals: "_Signals") -> None:
         config, skipped_in_a_row = self.config, 0
@@ -240,7 +241,7 @@ class Run:
         """Scores the validation rows, keeps the adapter if it is the best so far, and answers the sample prompts."""
         lora.set_parameters(self.base.model, adapter)
         if self.valid_batches is not None:
-            result = score(self.base.model, self.valid_batches)
+            result = score(self.base.model, self.valid_batches, self._ahead)
             progress.valid_loss = result.loss
             better = math.isfinite(result.loss) and (progress.best_loss is None or result.loss < progress.best_loss)
             progress.evaluations_since_best = 0 if better else progress.evaluations_since_best + 1

@@ -97,7 +97,7 @@ def head_loss_sum(
     def total(hidden: mx.array, targets: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
         loss = mx.array(0.0)
         gradients: list[mx.array] = []
-        for part in _parts(hidden.shape[0], chunk):
+        for part in parts(hidden.shape[0], chunk):
             now, weight = mx.depends(hidden[part], [loss, *gradients[-1:]]), mask[part]
             more, gradient = head_loss(head, now, targets[part], label_smoothing)
             loss = loss + mx.where(weight > 0, weight * more, 0).sum()
@@ -176,7 +176,7 @@ def _max(values: mx.array) -> mx.array:
     return values.max(axis=-1, keepdims=True)
 
 
-def _parts(number: int, chunk: int) -> list[slice]:
+def parts(number: int, chunk: int) -> list[slice]:
     """`number` positions in as few parts of at most `chunk` as there can be, all of about one size."""
     parts = max(1, -(-number // chunk))
     edges = [number * part // parts for part in range(parts + 1)]
@@ -204,7 +204,7 @@ def batch_loss(output: Output, batch: Arrays, label_smoothing: float = 0.0, chun
     A head that is trained itself, or not known, gets its gradient from all logits of the batch at once.
     """
     hidden, head = _hidden(output, batch), output.head
-    if output.adapted or not isinstance(head, Head):
+    if output.at_once or not isinstance(head, Head):
         return loss_sum(head(hidden), batch["targets"], batch["mask"], label_smoothing)
     chunk = chunk or POSITIONS
     return head_loss_sum(head, hidden, batch["targets"], batch["mask"], label_smoothing, chunk=chunk)
@@ -213,7 +213,7 @@ def batch_loss(output: Output, batch: Arrays, label_smoothing: float = 0.0, chun
 def batch_score(output: Output, batch: Arrays) -> mx.array:
     """The summed loss of a batch, without smoothing and without anything for a gradient."""
     hidden, head, loss = _hidden(output, batch), output.head, mx.array(0.0)
-    for part in _parts(hidden.shape[0], POSITIONS if isinstance(head, Head) else POSITIONS // 16):
+    for part in parts(hidden.shape[0], POSITIONS if isinstance(head, Head) else POSITIONS // 16):
         now, targets, mask = mx.depends(hidden[part], [loss]), batch["targets"][part], batch["mask"][part]
         if isinstance(head, Head):
             losses = head_loss(head, now, targets, gradient=False)[0]

@@ -49,12 +49,13 @@ class Base:
     identity: dict[str, str]
 
 
-def load(options: Model, weights: bool = True, as_stored: bool = False) -> Base:
+def load(options: Model, weights: bool = True, as_stored: bool = False, evaluated: bool = True) -> Base:
     """Loads the base and its tokenizer.
 
     Nothing that a model ships is executed. With `weights` false the model has its structure only (random, unevaluated
     weights) and no weight file is downloaded or read, for `--dry-run`. With `as_stored`, arrays keep the type that they
-    are stored in on a CPU too (but for a base that is quantized on load: it is the one that training saw).
+    are stored in on a CPU too (but for a base that is quantized on load: it is the one that training saw). With
+    `evaluated` false, the weights are left to `evaluate`.
     Raises InputError naming the model and what is wrong with it.
     """
     folder = resolve(options, weights)
@@ -72,8 +73,8 @@ def load(options: Model, weights: bool = True, as_stored: bool = False) -> Base:
     _set_precision(model, options, config, as_stored)
     model.freeze()
     model.eval()
-    if weights:
-        _evaluate(model)
+    if weights and evaluated:
+        evaluate(model)
     return Base(model, tokenizer, config, folder, _identity(options, folder, weights))
 
 
@@ -342,7 +343,7 @@ def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
     model.update(tree_map_with_path(cast, model.parameters()))
 
 
-def _evaluate(model: nn.Module) -> None:
+def evaluate(model: nn.Module) -> None:
     """Reads, casts and quantizes the weights one array after the other.
 
     All at once, many sources would be in memory beside what is made of them. Here the peak is the resulting model and

@@ -21,11 +21,12 @@ from mlx_lora.config import PLANNED, Config, Train
 from mlx_lora.data import Example
 from mlx_lora.errors import InputError
 from mlx_lora.gradient_checkpointing import MLP_NAMES
+from mlx_lora.head import output_of
 from mlx_lora.optim import make_optimizer
 from mlx_lora.step import Step, prepared
 
 SHARE = 0.8  # of the memory that is available: the rest is for the buffer cache and for other programs
-WIDTHS = (64, 128)  # of the short rows from which the memory of longer ones is estimated
+TOKENS = (64, 128)  # in the small batches from which the memory of larger ones is estimated, about
 
 
 @dataclass(frozen=True)
@@ -116,29 +117,35 @@ def _with(config: Config, **chosen: Any) -> Config:
 
 
 def _line(options: Train, model: nn.Module, batch: Batch, compiled: bool) -> tuple[float, float]:
-    """Bytes that a step takes whatever it holds, and bytes per token, from two short rows.
+    """Bytes that a step takes whatever it holds, and bytes per token, from two small batches: one line cut short, or a
+    few lines where they are shorter than that.
 
     These have as many supervised positions as the batch: its logits come in chunks, whose memory does not grow. Where
-    the head is adapted it does, and they have their share.
+    all logits exist at once it does, and they have their share.
     """
-    head = any(lora.block_number(path) is None for path in lora.layers(model))
-    short, long = (_cut(batch, min(width, batch.mask.shape[1]), head) for width in WIDTHS)
+    lines, width = batch.mask.shape
+    small, larger = TOKENS
+    few, more = (1, small), (1, larger)
+    if width < larger:
+        few, more = (max(1, small // width), width), (-(-larger // width), width)
+    if more[0] > lines:  # the batch itself is as small
+        return float(_try(options, model, batch, compiled).memory), 0.0
+    share = output_of(model).at_once is not None
+    short, long = (_cut(batch, *shape, share) for shape in (few, more))
     first, second = (_try(options, model, part, compiled).memory for part in (short, long))
-    if short.mask.size == long.mask.size:
-        return 0.0, second / long.mask.size
     each = max(0.0, (second - first) / (long.mask.size - short.mask.size))
     return max(0.0, first - each * short.mask.size), each
 
 
-def _cut(batch: Batch, width: int, share: bool) -> Batch:
-    """The first columns of a batch's first line, with all of the batch's positions (repeated ones) or its share."""
-    cut = {name: getattr(batch, name)[:1, :width] for name in ("inputs", "targets", "mask")}
-    segments = None if batch.segments is None else batch.segments[:1, :width]
+def _cut(batch: Batch, lines: int, width: int, share: bool) -> Batch:
+    """The first columns of a batch's first lines, with all of the batch's positions (repeated ones) or its share."""
+    cut = {name: getattr(batch, name)[:lines, :width] for name in ("inputs", "targets", "mask")}
+    segments = None if batch.segments is None else batch.segments[:lines, :width]
     number = batch.mask.size if batch.positions is None else batch.positions.size
     if share:
-        number = -(-number * width // batch.mask.size)
+        number = -(-number * lines * width // batch.mask.size)
     positions = np.zeros(number, np.int32)
-    return replace(batch, **cut, segments=segments, positions=positions, rows=batch.rows[:1], places=batch.places[:1])
+    return replace(batch, **cut, segments=segments, positions=positions)
 
 
 def _try(options: Train, model: nn.Module, batch: Batch, compiled: bool) -> Need:

@@ -8,6 +8,7 @@ import mlx.nn as nn
 from mlx_lora.batches import Batches
 from mlx_lora.head import output_of
 from mlx_lora.loss import arrays, batch_score
+from mlx_lora.memory import NoFurtherAhead
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,16 @@ class Score:
         return math.exp(min(self.loss, 700.0))
 
 
-def score(model: nn.Module, batches: Batches) -> Score:
-    """Scores every row once, in a fixed order, with each supervised token counting alike; draws no random numbers."""
+def score(model: nn.Module, batches: Batches, ahead: NoFurtherAhead | None = None) -> Score:
+    """Scores every row once, in a fixed order, with each supervised token counting alike; draws no random numbers.
+
+    `ahead`: that of the run's steps.
+    """
+    ahead = ahead or NoFurtherAhead()
     total, tokens = 0.0, 0
     output = output_of(model)
     for batch in batches.in_order():
-        total += float(batch_score(output, arrays(batch)).item())
+        with ahead.allowed():
+            total += float(batch_score(output, arrays(batch)).item())
         tokens += batch.supervised
     return Score(total / tokens, tokens)

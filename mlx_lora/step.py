@@ -71,6 +71,7 @@ class Step:
     Args:
         attention: confines the attention of packed rows to themselves.
         prefix: gives what the blocks below the lowest adapted one give, which then do not run.
+        ahead: shared with what else computes during a run.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Step:
         compiled: bool = True,
         attention: Attention | None = None,
         prefix: PrefixCache | None = None,
+        ahead: NoFurtherAhead | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -89,7 +91,7 @@ class Step:
         self.output = output_of(model)
         self._attention = attention
         self._prefix = prefix
-        self._ahead = NoFurtherAhead()
+        self._ahead = ahead or NoFurtherAhead()
         self._accumulate = mx.compile(self._accumulate_eagerly) if compiled else self._accumulate_eagerly
         self._update = mx.compile(self._update_eagerly) if compiled else self._update_eagerly
 

@@ -3,10 +3,13 @@
 import argparse
 import math
 import sys
+import threading
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
@@ -22,6 +25,7 @@ from mlx_lora import (
     metrics,
     model,
     planning,
+    prefix,
 )
 from mlx_lora.adapter_files import mlx_form
 from mlx_lora.batches import ORDER, train_batches
@@ -31,6 +35,8 @@ from mlx_lora.errors import InputError, exit_code
 from mlx_lora.loop import Result, Run, total_steps
 from mlx_lora.model import Base
 from mlx_lora.optim import learning_rate, warmup_steps
+
+T = TypeVar("T")
 
 
 def finetune(
@@ -134,14 +140,35 @@ def _load(config: Config, log: metrics.Log, weights: bool = True) -> tuple[Base,
     for note in model.prepare_device():
         log.say(note)
     train_rows, valid_rows = data.load(config.data)
-    base = model.load(config.model, weights)
+    base = model.load(config.model, weights, evaluated=False)
+    tokenized = _meanwhile(
+        lambda: (
+            data.tokenize(train_rows, base.tokenizer, config.data),
+            data.tokenize(valid_rows, base.tokenizer, config.data) if valid_rows else None,
+        )
+    )
+    if weights:
+        model.evaluate(base.model)
     converted = f", as {base.folder}" if base.folder != Path(config.model.path) else ""
     log.say(f"model: {config.model.path}{converted}, on {model.device()}; base {model.describe(base.model)}")
-    train = data.tokenize(train_rows, base.tokenizer, config.data)
-    valid = data.tokenize(valid_rows, base.tokenizer, config.data) if valid_rows else None
+    train, valid = tokenized.result()
     for line in train.account("train") + (valid.account("valid") if valid else ["valid: none"]):
         log.say(line)
     return base, train, valid
+
+
+def _meanwhile(compute: Callable[[], T]) -> "Future[T]":
+    """Starts a computation in a thread, for which no exit waits."""
+    found: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(compute())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return found
 
 
 def _attach(config: Config, base: Base, start_from: str | None) -> list[str]:
@@ -175,6 +202,8 @@ def _planned(config: Config, base: Base, train: Dataset, log: metrics.Log, contr
         chosen = {name: contract["train"].get(name) for name in PLANNED}
     else:
         room = int(0.9 * memory.available()) - mx.get_active_memory()  # a tenth is for freed buffers
+        if config.train.prefix_cache == "memory" and prefix.unusable(base.model) is None:
+            room -= prefix.size(base.model, train_batches(config, train.examples))
         with memory.limits(memory.available()):
             options, lines = planning.choose(config, base.model, train.examples, room, model.can_compile())
         for line in lines:

@@ -250,6 +250,42 @@ def test_scaling(tmp_path: Path) -> None:
     assert max(shared) < 2 * min(shared)
 
 
+# ---- techniques ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_techniques(tmp_path: Path, benchmark: Callable[[str], ModuleType]) -> None:
+    text, figures = run("techniques.py", tmp_path, "--tiny", "--rounds", "1", "--updates", "2")
+    assert [found["name"] for found in figures["techniques"]] == list(benchmark("techniques").TECHNIQUES)
+    for found in figures["techniques"]:
+        assert positive(*found["seconds_per_token"], *found["peak"])
+        assert found["time"] == pytest.approx(found["seconds_per_token"][0] / found["seconds_per_token"][1])
+        assert found["memory"] == pytest.approx(found["peak"][0] / found["peak"][1])
+        assert f"{found['name']:40} {found['time']:7.2f} {found['memory']:7.2f}" in text
+
+
+def test_the_ways_of_a_technique_differ(benchmark: Callable[[str], ModuleType]) -> None:
+    """In what they compute: rows, positions, parts of the logits, blocks."""
+    techniques = benchmark("techniques")
+    ways = techniques.TECHNIQUES
+
+    def both(name: str) -> list[Any]:
+        return [techniques.Measured(way, True, "float32", 8) for way in ways[name]]
+
+    def computed(measured: Any) -> int:
+        return sum(batch.mask.size for update in measured.updates for batch in update)
+
+    sides = both("rows of one length in a batch")
+    assert sides[0].tokens == sides[1].tokens
+    assert computed(sides[0]) < computed(sides[1])
+    sides = both("logits at supervised positions only")
+    assert all(batch.positions is not None for update in sides[0].updates for batch in update)
+    assert all(batch.positions is None for update in sides[1].updates for batch in update)
+    assert [side.step.output.at_once for side in both("logits in parts")] == [None, "for comparison"]
+    sides = both("frozen prefix kept, top half adapted")
+    assert [side.updates[0][0].kept is not None for side in sides] == [True, False]
+
+
 # ---- PEFT ------------------------------------------------------------------------------------------------------------
 
 

@@ -15,8 +15,11 @@ from mlx_lora import lora, memory
 from mlx_lora.batches import Batches
 from mlx_lora.config import Lora, Train
 from mlx_lora.data import Example
+from mlx_lora.head import output_of
+from mlx_lora.loss import arrays, batch_score
 from mlx_lora.model import can_compile
 from mlx_lora.optim import make_optimizer
+from mlx_lora.scoring import score
 from mlx_lora.step import Outcome, Step
 
 GB = 10**9
@@ -215,3 +218,24 @@ def test_nothing_is_allocated_far_ahead_of_its_use() -> None:
     without, within = peaks(nullcontext), peaks(memory.NoFurtherAhead().allowed)
     assert max(within) < 0.5 * max(without)
     assert mx.get_memory_limit() == limit
+
+
+@pytest.mark.skipif(mx.default_device().type != mx.cpu, reason="other schedulers are left alone")
+def test_evaluations_allocate_nothing_far_ahead_either() -> None:
+    """A head whose logits come in fifteen parts; what an evaluation took would be given to every update after it."""
+    model = tiny.llama(vocab_size=60_000)
+    mx.eval(model.parameters())
+    random = np.random.default_rng(0)
+    rows = [Example(random.integers(0, 60_000, 200).astype(np.int32), np.ones(200, np.bool_), "rows")] * 4
+    batches = Batches(rows, 4, 0)
+
+    def peak(compute: Callable[[], object]) -> int:
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        compute()
+        return mx.get_peak_memory() - before
+
+    [batch] = batches.in_order()
+    freely = peak(lambda: mx.eval(batch_score(output_of(model), arrays(batch))))
+    assert peak(lambda: score(model, batches)) < 0.5 * freely

@@ -2,6 +2,7 @@
 without padding, weighted by their supervised tokens."""
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,6 +29,11 @@ WAYS = {
     "packed": {"packing": True},
     "packed in lines": {"packing": True, "batch_tokens": 130},
     "logits in chunks": {"chunk": 5},
+    "vocabulary in parts": {"part": 48},
+    "vocabulary in parts, logits in chunks": {"part": 48, "chunk": 50},
+    "untied head": {"shape": {"tie_word_embeddings": False}, "part": 48},
+    "adapted head": {"shape": {"tie_word_embeddings": False}, "patterns": ["q_proj", "lm_head"]},
+    "4 bits": {"bits": 4, "part": 48},
     "nothing recomputed": {"level": False},
     "blocks recomputed": {"level": True},
     "every second block recomputed": {"level": 2},
@@ -48,10 +54,13 @@ def rows() -> list[Example]:
     ]
 
 
-def adapted(name: str, layers: str) -> nn.Module:
-    model = tiny.BUILDERS[name](num_hidden_layers=4)
+def adapted(name: str, options: dict[str, Any]) -> nn.Module:
+    model = tiny.BUILDERS[name](num_hidden_layers=4, **options.get("shape", {}))
+    if "bits" in options:
+        nn.quantize(model, group_size=32, bits=options["bits"])
     model.freeze()
-    lora.attach(model, Lora(rank=4, alpha=8.0, layers=layers), seed=1)
+    patterns = options.get("patterns", "all-linear")
+    lora.attach(model, Lora(rank=4, alpha=8.0, target_modules=patterns, layers=options["layers"]), seed=1)
     tiny.randomize(model)
     return model
 
@@ -75,10 +84,12 @@ def mlx_lms(model: nn.Module) -> tuple[float, dict[str, np.ndarray]]:
 
 @pytest.mark.parametrize("way", list(WAYS))
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
-def test_loss_and_gradient_are_mlx_lms(name: str, way: str, tmp_path: Path) -> None:
+def test_loss_and_gradient_are_mlx_lms(name: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"batch_size": 8, "accumulate": 1, "layers": "all", **WAYS[way]}
-    model = adapted(name, options["layers"])
+    model = adapted(name, options)
     loss, gradient = mlx_lms(model)
+    if "part" in options:
+        monkeypatch.setattr("mlx_lora.loss.part_size", lambda positions: options["part"])
 
     config = Train(
         learning_rate=RATE,
@@ -101,3 +112,27 @@ def test_loss_and_gradient_are_mlx_lms(name: str, way: str, tmp_path: Path) -> N
     for path, expected in gradient.items():
         ours = (tiny.float64(before.adapter[path]) - tiny.float64(after.adapter[path])) / RATE
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max(), err_msg=path)
+
+
+@pytest.mark.parametrize("level", ["selective", "mlp", True])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "qwen3_moe"])
+def test_in_a_step_no_packed_document_moves_another_by_one_bit(name: str, level: bool | str) -> None:
+    """Only one document is supervised; all tokens of the others are exchanged."""
+    config = Train(learning_rate=1e-3, gradient_checkpointing=level)
+    model = adapted(name, {"layers": "all"})
+    for kept in (0, 3, 7):
+        found = []
+        for seed in (1, 2):
+            random = np.random.default_rng(seed)
+            examples = rows()
+            for number, row in enumerate(examples):
+                if number != kept:
+                    tokens = random.integers(1, 128, row.tokens.size).astype(np.int32)
+                    examples[number] = Example(tokens, np.zeros(tokens.size, np.bool_), "rows")
+            with prepared(model, config) as attention:
+                step = Step(model, make_optimizer(config), config, True, attention)
+                [update] = Batches(examples, len(examples), 0, packing=True).steps(0, 1)
+                after, outcome = step(step.initial_state(), update, 1e-3, 0)
+            assert outcome.applied.item()
+            found.append({"loss": np.array(outcome.loss), **tiny.copies(after.adapter)})
+        tiny.assert_identical(*found)

@@ -100,6 +100,31 @@ def test_a_large_vocabulary_is_not_taken_for_long_rows(model):
     assert 0.5 * needed < fixed + each * batch.mask.size < 1.6 * needed
 
 
+@pytest.mark.parametrize("width", [20, 60, 72, 100])
+def test_short_rows_are_not_taken_for_large_ones(model, width):
+    """What is there whatever a step holds is most of what they need, and must not be counted for each of them."""
+    short = [Example(np.ones(width + 1, np.int32), np.arange(width + 1) > width // 2, "rows")] * 64
+    many = config(batch_size=64)
+    batch = train_batches(many, short).largest()
+    assert batch.mask.shape[0] == 64
+    fixed, each = planning._line(many.train, model, batch, compiled=True)
+    for lines in (64, 16):
+        part = train_batches(config(batch_size=lines), short).largest()
+        needed = planning._try(many.train, model, part, compiled=True).memory
+        assert 0.5 * needed < fixed + each * lines * batch.mask.shape[1] < 1.6 * needed
+
+
+def test_logits_that_exist_at_once_count_with_the_rows():
+    model = tiny.llama(num_hidden_layers=2, vocab_size=20_000, tie_word_embeddings=False)
+    model.lm_head = nn.Sequential(model.lm_head)
+    model.freeze()
+    lora.attach(model, config().lora)
+    mx.eval(model.parameters())
+    batch = train_batches(config(), rows()).largest()
+    fixed, each = planning._line(config().train, model, batch, compiled=True)
+    assert fixed < 0.3 * each * batch.mask.size
+
+
 def test_what_a_plan_chooses_cannot_be_set_beside_it():
     with pytest.raises(InputError, match=r"train\.plan: auto chooses train\.loss_chunk itself"):
         config(loss_chunk=8)
@@ -160,6 +185,12 @@ def test_a_run_learns_the_same_in_every_way_and_resumes_exactly(options, way, tm
         ones, others = (mx.load(str(checkpoint.complete(run)[-1] / name)) for run in (whole.output_dir, cut))
         for key, array in ones.items():
             assert mx.array_equal(array, others[key]).item(), key
+
+
+def test_a_run_says_that_its_adapted_head_needs_all_logits_at_once(options, capsys):
+    finetune(options | {"lora": {"rank": 4, "target_modules": ["embed_tokens"]}}, ["train.epochs=1"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "all logits of a batch are in memory at once: the output head is adapted" in said
 
 
 def test_a_model_that_takes_no_packed_rows_is_named(options, tiny_model, tmp_path):
