@@ -138,7 +138,8 @@ def head_loss(
     for first in range(0, head.vocabulary, width):
         tokens = slice(first, min(first + width, head.vocabulary))
         part, size, place = head.part(tokens), tokens.stop - first, targets - first
-        now = mx.depends(hidden, [others, by_others, by_level] if gradient else [others])
+        done = [others, wanted, level]  # else logits stay for what is taken of them later
+        now = mx.depends(hidden, [*done, by_others, by_level] if gradient else done)
         projected = part.project(now)
         logits = part.finish(projected).astype(mx.float32)
         within = mx.clip(place, 0, size - 1)

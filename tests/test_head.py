@@ -217,6 +217,26 @@ def test_parts_take_less_memory_than_all_logits():
         assert peak(lambda hidden, chunk=chunk: head_loss_sum(head, hidden, targets, mask, chunk=chunk)) < 0.5 * whole
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_memory_does_not_grow_with_the_vocabulary(gradient, smoothing, compiled):
+    """256 positions, of two and of sixteen parts: 8 and 67 MB of logits."""
+
+    def peak(vocabulary):
+        head = Head(nn.Linear(64, vocabulary, bias=False), lambda logits: logits)
+        hidden, targets = mx.random.normal((256, 64)), mx.arange(256)
+        mx.eval(head.layer.parameters(), hidden, targets)
+
+        def computed(hidden, targets):
+            found = head_loss(head, hidden, targets, smoothing, gradient)
+            return found if gradient else found[0]
+
+        return tiny.peak(lambda: (mx.compile(computed) if compiled else computed)(hidden, targets))
+
+    assert peak(65_536) < 1.2 * peak(8192)
+
+
 def test_hidden_states_in_half_precision_get_their_gradient_in_it():
     layer = nn.Linear(32, 61, bias=False)
     layer.set_dtype(mx.bfloat16)
