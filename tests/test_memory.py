@@ -238,4 +238,4 @@ def test_evaluations_allocate_nothing_far_ahead_either() -> None:
 
     [batch] = batches.in_order()
     freely = peak(lambda: mx.eval(batch_score(output_of(model), arrays(batch))))
-    assert peak(lambda: score(model, batches)) < 0.5 * freely
+    assert peak(lambda: score(model, batches)) < 0.7 * freely
