@@ -133,7 +133,7 @@ def ours(spec: dict[str, Any], watch: Watch) -> None:
     examples: list[data.Example] = []
 
     def watched_load(*arguments: Any, **options: Any) -> Any:
-        base = load(*arguments, **options)
+        base = load(*arguments, **options | {"evaluated": True})  # by then the weights are to be in memory
         watch.loaded()
         return base
 

@@ -388,6 +388,8 @@ def test_vs_mlx_lm(tmp_path: Path, benchmark: Callable[[str], ModuleType]) -> No
     sizes = {side: repeat["watched"]["sizes"] for side, [repeat] in runs.items()}
     assert sizes["ours, mlx-lm's batches"] == sizes["mlx-lm"] != sizes["ours"]
     assert len(sizes["mlx-lm"]) == 8
+    weights = [repeat["watched"]["weights"] for [repeat] in runs.values()]
+    assert 0 < max(weights) < 1.01 * min(weights)  # all read before what comes above them is measured
     assert figures["cases"]["c"]["runs"]["mlx-lm"][0]["watched"]["padding_targets"] == 2
 
 
