@@ -4,8 +4,8 @@
 
 SmolLM2's shape with 8 blocks and rows of 32 to 512 tokens, 45 % of them supervised, four in a batch. Both ways of a
 technique compute the first updates of an epoch in one process and in turn; all else is as it is in use. Medians of
-`rounds`. Times are per real token, since ways may lay out rows differently; memory is the peak above what is there
-before an update. Ratios are with / without.
+`rounds`. Times are per real token, since ways may lay out rows differently; memory is MLX's peak above what is there
+before an update, without what a kept prefix takes outside MLX. Ratios are with / without.
 """
 
 import argparse

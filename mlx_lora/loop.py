@@ -83,7 +83,6 @@ class Run:
         options, model = self.config.train, self.base.model
         if self.config.data.packing:
             attention.require_packed(self.config.model.path, self.batches.largest().inputs.shape[1])
-        mx.reset_peak_memory()
         self.prefix = self._prefix_cache()
         step = Step(model, make_optimizer(options), options, can_compile(), attention, self.prefix, self._ahead)
         self._say_layout(step)
@@ -91,6 +90,7 @@ class Run:
         if resume_from is not None:
             state, self.best = checkpoint.restore(resume_from, state)
         self.log.open(self.folder, progress.step)
+        mx.reset_peak_memory()  # what filled the cache is no need of an update
         try:
             with _Signals() as signals:
                 self.log.start_bar(progress.step, self.steps)

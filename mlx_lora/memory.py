@@ -54,8 +54,8 @@ class NoFurtherAhead:
 
     It starts up to a hundred operations at once, all of whose results are allocated: many chunks of logits, where one
     is in use. Above its memory limit it starts none before another has ended. That is slow below what is needed, and
-    free from there on. So the first update runs with no room, in about three times its time, and shows what it needs;
-    later ones have as much, and more once one has needed a tenth more.
+    free from there on. So what comes first runs with no room, in about three times its time, and shows what it needs;
+    the rest has as much, and more once something has needed a tenth more.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class NoFurtherAhead:
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
-        """Around each update."""
+        """Around each update, and each batch of an evaluation."""
         if mx.default_device() != mx.cpu:
             yield
             return
