@@ -119,7 +119,7 @@ class Step:
             if micro + 1 < len(batches):
                 mx.eval(loss, gradients)  # else the graphs of all micro-batches are alive at once
         adapter, optimizer, norm, applied = self._update(
-            state.adapter, state.optimizer, gradients, mx.array(learning_rate)
+            state.adapter, state.optimizer, loss, gradients, mx.array(learning_rate)
         )
         mx.eval(adapter, optimizer, loss, norm, applied)
         return State(adapter, optimizer), Outcome(loss, norm, applied)
@@ -160,6 +160,7 @@ class Step:
         self,
         adapter: dict[str, mx.array],
         state: dict[str, Any],
+        loss: mx.array,
         gradients: dict[str, mx.array],
         learning_rate: mx.array,
     ) -> tuple[dict[str, mx.array], dict[str, Any], mx.array, mx.array]:
@@ -177,7 +178,7 @@ class Step:
         finally:
             self.optimizer.state = kept
 
-        finite = mx.isfinite(norm)
+        finite = mx.isfinite(norm) & mx.isfinite(loss)
         for array in updated.values():
             finite = finite & mx.isfinite(array).all()
 

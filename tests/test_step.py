@@ -8,6 +8,7 @@ import tiny
 from mlx.utils import tree_flatten
 
 from mlx_lora import lora
+from mlx_lora import step as step_module
 from mlx_lora.batches import Batch, Batches
 from mlx_lora.config import Lora, Train
 from mlx_lora.data import Example
@@ -518,6 +519,50 @@ def test_base_that_is_not_finite_or_overflows_stops_the_update(value):
     step = step_of(model)
     before = step.initial_state()
     state, outcome = step(before, [batch_of(rows_of([20, 31]))], 1e-2, 0)
+    assert outcome.applied.item() is False
+    tiny.assert_identical(everything(state), everything(before))
+
+
+@mx.custom_function
+def with_spoilt_gradient(x: mx.array) -> mx.array:
+    return x + 0
+
+
+@with_spoilt_gradient.vjp
+def _spoilt(_: mx.array, cotangent: mx.array, result: mx.array) -> mx.array:
+    return cotangent * mx.array(float("inf"))
+
+
+class SpoiltNorm(nn.RMSNorm):
+    """Right forward, infinite backward."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return with_spoilt_gradient(super().__call__(x))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_finite_loss_with_a_gradient_that_is_not_stops_the_update(compiled):
+    model = adapted(b=0.05)
+    batch = batch_of(rows_of([20, 31]))
+    _, clean = step_of(model, compiled)(step_of(model).initial_state(), [batch], 1e-2, 0)
+    model.model.norm.__class__ = SpoiltNorm
+    step = step_of(model, compiled)
+    before = step.initial_state()
+    state, outcome = step(before, [batch], 1e-2, 0)
+    assert outcome.loss.item() == pytest.approx(clean.loss.item(), rel=1e-6)
+    assert outcome.applied.item() is False
+    tiny.assert_identical(everything(state), everything(before))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_loss_that_is_not_finite_with_gradients_that_are_stops_the_update(compiled, monkeypatch):
+    model = adapted(b=0.05)
+    whole = step_module.batch_loss
+    monkeypatch.setattr(step_module, "batch_loss", lambda *arguments: whole(*arguments) + float("nan"))
+    step = step_of(model, compiled)
+    before = step.initial_state()
+    state, outcome = step(before, [batch_of(rows_of([20, 31]))], 1e-2, 0)
+    assert np.isfinite(outcome.gradient_norm.item())
     assert outcome.applied.item() is False
     tiny.assert_identical(everything(state), everything(before))
 
