@@ -27,7 +27,7 @@ BEST = "best.safetensors"
 PROGRESS = "progress.json"
 MANIFEST = "manifest.json"
 # Of the training options, those that change how an update is computed, not which rows it holds.
-COMPUTED = (*PLANNED, "prefix_cache", "prefix_cache_limit")
+COMPUTED = (*PLANNED, "prefix_cache", "prefix_cache_limit", "memory_limit")
 
 Saved = tuple[dict[str, mx.array], dict[str, str]]  # an adapter and its metadata
 
@@ -46,6 +46,7 @@ class Progress:
     best_step: int = 0
     evaluations_since_best: int = 0
     skipped_updates: int = 0
+    skipped_in_a_row: int = 0
     finished: bool = False
     since_report: dict[str, float] = field(default_factory=dict)  # sums that the next report goes on from
 
@@ -132,6 +133,7 @@ def check(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     notable = _differences(_notable(then), _notable(now))
     differences = _differences(_binding(then), _binding(now))
     if differences:
+        differences += _differences({"model.revision": then.get("revision")}, {"model.revision": now["revision"]})
         raise InputError(
             "\n       ".join(
                 [
@@ -151,7 +153,7 @@ def _notable(contract: dict[str, Any]) -> dict[str, Any]:
 
 def _binding(contract: dict[str, Any]) -> dict[str, Any]:
     train = {name: value for name, value in (contract.get("train") or {}).items() if name not in COMPUTED}
-    return contract | {"versions": None, "train": train}
+    return contract | {"versions": None, "revision": None, "train": train}
 
 
 def _differences(then: Any, now: Any, prefix: str = "") -> list[str]:
@@ -176,6 +178,6 @@ def _fault(folder: Path) -> str | None:
                 return f"{name} is damaged"
         if missing := {mlx_form.WEIGHTS, mlx_form.SETTINGS, OPTIMIZER, PROGRESS} - manifest.keys():
             return f"{MANIFEST} does not list {', '.join(sorted(missing))}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} is damaged ({error})"
     return None

@@ -214,6 +214,12 @@ class Train(Options):
         "| disk | never",
     )
     prefix_cache_limit: float = Field(8.0, gt=0, description="GB that the prefix cache may take")
+    memory_limit: float | None = Field(
+        None,
+        gt=0,
+        description="GB of MLX's memory, the base's included, that the run may take: its largest batch is tried first; "
+        "null: no limit",
+    )
     plan: Literal["manual", "auto"] = Field(
         "manual",
         description="auto: choose batch_tokens, loss_chunk and gradient_checkpointing for the memory there is",
@@ -245,7 +251,10 @@ class Eval(Options):
 
 
 class Checkpoint(Options):
-    every: int = Field(200, ge=1, description="steps between checkpoints; also at the end")
+    every: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="steps between checkpoints; also at the end; auto: after each minute, at most 0.5 % of the time",
+    )
     keep: int = Field(3, ge=1, description="newest checkpoints that are kept")
 
 

@@ -1,17 +1,21 @@
 """Bad input and interruption, and the exit code that every command gives each."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
+from typing import TextIO
 
 
 class InputError(Exception):
     """Something in the input is wrong: says what, where (file and line, or config key) and what to do."""
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop; everything is saved and ``signum`` says which signal it was."""
+class Interrupted(BaseException):
+    """A signal asked the run to stop; everything is saved and ``signum`` says which signal it was. Like
+    KeyboardInterrupt it is no Exception: what is raised anywhere must come through."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
@@ -28,10 +32,10 @@ def exit_code(main: Callable[[], None]) -> int:
     try:
         main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 2
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        complain(str(stop))
         return 128 + stop.signum
     except KeyboardInterrupt:
         return 130
@@ -41,6 +45,20 @@ def exit_code(main: Callable[[], None]) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def complain(line: str) -> None:
+    """Prints a line on stderr, if there is still anything behind it."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        mute(sys.stderr)
+
+
+def mute(stream: TextIO) -> None:
+    """What is written to a stream from now on goes nowhere: its terminal is closed, its disk full, its reader gone."""
+    with suppress(OSError, ValueError):  # ValueError: it is no file of the system
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _stop(number: int, _: FrameType | None) -> None:

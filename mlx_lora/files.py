@@ -1,10 +1,13 @@
 """Files that are either whole or absent: written under a temporary name, flushed to the disk, then renamed."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any
 from mlx_lora.errors import InputError
 
 TEMPORARY = ".tmp-"
+LOCK = ".lock"
 
 
 @contextmanager
@@ -21,9 +25,7 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # MLX raises RuntimeError
-        raise InputError(
-            f"{folder}: cannot be written ({error}); what was saved before is whole: mend it, then go on with --resume"
-        ) from None
+        raise InputError(f"{folder}: cannot be written ({error}); what was saved before is whole") from None
 
 
 def sync(path: Path) -> None:
@@ -37,6 +39,13 @@ def sync(path: Path) -> None:
             fcntl.fcntl(descriptor, full)
     finally:
         os.close(descriptor)
+
+
+def finite(path: Path) -> Path:
+    """The path. Raises OSError for a device such as /dev/zero, which has no end."""
+    if path.is_char_device() or path.is_block_device():
+        raise OSError(errno.EINVAL, "is a device")
+    return path
 
 
 @contextmanager
@@ -60,7 +69,7 @@ def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """
     temporary = _temporary(path)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary.mkdir()  # never its parents: where a volume is gone, they would be made on another one
     try:
         yield temporary
         for file in temporary.iterdir():
@@ -72,6 +81,31 @@ def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Inside, no other process holds `folder` like this; False on the few network file systems that have no locks. The
+    system lets go of it when the process ends, however it ends.
+
+    Raises InputError where another process has it, OSError where nothing can be written there.
+    """
+    with (folder / LOCK).open("a+", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            raise InputError(
+                f"output_dir: {folder} is in use by another run ({stream.read().strip()}); wait for its end, stop it, "
+                "or choose another folder"
+            ) from None
+        except OSError:
+            yield False
+            return
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {platform.node()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        stream.flush()
+        yield True
 
 
 @contextmanager

@@ -24,8 +24,11 @@ from mlx_lora.optim import learning_rate, make_optimizer
 from mlx_lora.prefix import PrefixCache
 from mlx_lora.scoring import score
 from mlx_lora.step import Outcome, State, Step, prepared
+from mlx_lora.supervisor import before, report_step
 
 MAX_SKIPPED_IN_A_ROW = 10
+LOST_WORK = 60.0  # seconds of training between checkpoints, with checkpoint.every: auto
+SAVE_SHARE = 0.005  # of the time, that saving may take
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,9 @@ class Run:
         self.steps = total_steps(self.config, self.batches)
         self.best: checkpoint.Saved | None = None
         self._ahead = memory.NoFurtherAhead()
+        self._unsaved = False  # the last attempt to save failed
+        self._saved_at = time.monotonic()
+        self._save_seconds = 0.0
         self.settings = mlx_form.settings(
             replace(lora.attached(self.base.model), base=self.config.model), len(self.base.model.layers)
         )
@@ -73,9 +79,12 @@ class Run:
         """
         progress = Progress() if resume_from is None else checkpoint.read_progress(resume_from)[0]
         if progress.finished:
+            self.log.open(self.folder, progress.step)  # notes the last checkpoint, if it was killed just before
+            self.log.close()
             self.log.say("this run has ended already")
             return self._result(progress)
-        with prepared(self.base.model, self.config.train) as attention, memory.limits(memory.available()):
+        allowed = memory.available(self.config.train.memory_limit)
+        with prepared(self.base.model, self.config.train) as attention, memory.limits(allowed):
             self._fit(attention, progress, resume_from)
         return self._result(progress)
 
@@ -132,7 +141,7 @@ class Run:
             self.log.say(f"all logits of a batch are in memory at once: {step.output.at_once}")
 
     def _steps(self, step: Step, state: State, progress: Progress, signals: "_Signals") -> None:
-        config, skipped_in_a_row = self.config, 0
+        config = self.config
         clock = time.perf_counter()
         kept = self.prefix.inputs if self.prefix else None
         for micro_batches in self.batches.steps(progress.step, self.steps, kept):
@@ -141,12 +150,12 @@ class Run:
             now = time.perf_counter()
             self._count(progress, micro_batches, outcome, now - clock)
             self.log.advance(progress.step)
+            report_step(progress.step)
 
-            skipped_in_a_row = 0 if outcome.applied.item() else skipped_in_a_row + 1
-            if skipped_in_a_row:
-                self._warn_skipped(state, progress, micro_batches, rate, skipped_in_a_row)
+            progress.skipped_in_a_row = 0 if outcome.applied.item() else progress.skipped_in_a_row + 1
+            if progress.skipped_in_a_row:
+                self._warn_skipped(state, progress, micro_batches, rate)
 
-            stop = signals.received is not None
             last = progress.step == self.steps
             if last or progress.step % config.log.every == 0:
                 self._report(progress, outcome, rate)
@@ -161,8 +170,9 @@ class Run:
                     )
                     last = True
             progress.finished = last
-            if last or stop or progress.step % config.checkpoint.every == 0:
-                self._save(state, progress, rate)
+            stop = signals.received is not None
+            if last or stop or self._due(progress):
+                self._save(state, progress, rate, required=last or stop)
             if last and self.valid_batches is not None and self.best is None:
                 raise InputError(
                     "the validation loss was never finite, so there is no best adapter: lower train.learning_rate or "
@@ -221,7 +231,7 @@ class Run:
             active_memory=mx.get_active_memory(),
         )
 
-    def _warn_skipped(self, state: State, progress: Progress, batches: list[Batch], rate: float, in_a_row: int) -> None:
+    def _warn_skipped(self, state: State, progress: Progress, batches: list[Batch], rate: float) -> None:
         progress.skipped_updates += 1
         places = [self.train.examples[row].place for batch in batches for row in batch.rows]
         self.log.event(
@@ -230,11 +240,12 @@ class Run:
             f"step {progress.step}: the loss or gradient is not finite, update left out; rows {', '.join(places)}",
             rows=places,
         )
-        if in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            self._save(state, progress, rate)
+        if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            self._save(state, progress, rate, required=True)
             raise InputError(
-                f"{in_a_row} updates in a row were not finite: lower train.learning_rate, or set model.dtype to "
-                f"bfloat16 or float32; the last good adapter is in {self.folder / adapter_files.CHECKPOINTS}"
+                f"{progress.skipped_in_a_row} updates in a row were not finite: lower train.learning_rate, or set "
+                "model.dtype to bfloat16 or float32; the last good adapter is in "
+                f"{self.folder / adapter_files.CHECKPOINTS}"
             )
 
     def _evaluate(self, adapter: dict[str, mx.array], progress: Progress, rate: float) -> None:
@@ -248,7 +259,10 @@ class Run:
             if better:
                 progress.best_loss, progress.best_step = result.loss, progress.step
                 self.best = adapter, self._metadata(progress, rate)
-                self._keep(*self.best)
+                try:
+                    self._keep(*self.best)
+                except InputError as error:
+                    self._not_saved(progress, error)
             self.log.event(
                 "eval",
                 progress.step,
@@ -264,21 +278,49 @@ class Run:
             answer = "".join(generation.stream(self.base.model, self.base.tokenizer, tokens))
             self.log.event("sample", progress.step, f"  {prompt!r} -> {answer!r}", prompt=prompt, answer=answer)
 
-    def _save(self, state: State, progress: Progress, rate: float) -> None:
-        if self.valid_batches is None:
-            self._keep(state.adapter, self._metadata(progress, rate))
-        with files.writing(self.folder):
-            checkpoint.save(
-                self.folder,
-                state,
-                self.best,
-                progress,
-                self.settings,
-                self.contract,
-                self._metadata(progress, rate),
-                self.config.checkpoint.keep,
-            )
-        self.log.record("saved", progress.step)
+    def _due(self, progress: Progress) -> bool:
+        """Whether a checkpoint is to be written; after one that failed, with the next report at the latest."""
+        every, (_, deaths) = self.config.checkpoint.every, before()
+        if self._unsaved and progress.step % self.config.log.every == 0:
+            return True
+        if every != "auto":
+            return progress.step % every == 0
+        # Sooner after each death, or one that comes within a minute would let no life get further than the one before.
+        wait = LOST_WORK / 4**deaths if deaths else max(LOST_WORK, self._save_seconds / SAVE_SHARE)
+        return time.monotonic() - self._saved_at >= wait
+
+    def _save(self, state: State, progress: Progress, rate: float, required: bool = False) -> None:
+        """Writes a checkpoint. Raises InputError where that fails and it is `required`; else it is said."""
+        begin = time.monotonic()
+        try:
+            if self.valid_batches is None:
+                self._keep(state.adapter, self._metadata(progress, rate))
+            elif self._unsaved and self.best is not None:
+                self._keep(*self.best)
+            with files.writing(self.folder):
+                checkpoint.save(
+                    self.folder,
+                    state,
+                    self.best,
+                    progress,
+                    self.settings,
+                    self.contract,
+                    self._metadata(progress, rate),
+                    self.config.checkpoint.keep,
+                )
+        except InputError as error:
+            if required:
+                raise InputError(f"{error}: mend it, then go on with --resume") from None
+            self._not_saved(progress, error)
+        else:
+            self._unsaved = False
+            self._save_seconds = time.monotonic() - begin
+            self.log.record("saved", progress.step, seconds=self._save_seconds)
+        self._saved_at = time.monotonic()
+
+    def _not_saved(self, progress: Progress, error: InputError) -> None:
+        self._unsaved = True
+        self.log.event("not_saved", progress.step, f"warning: {error}; training goes on", reason=str(error))
 
     def _keep(self, adapter: dict[str, mx.array], metadata: dict[str, str]) -> None:
         """Puts the adapter where other tools look for it: in the run's folder."""
@@ -325,8 +367,8 @@ def total_steps(config: Config, batches: Batches) -> int:
 
 
 class _Signals:
-    """Notes the first SIGINT, SIGTERM or SIGHUP (a closed terminal) for the loop to act on between steps; the second
-    one acts at once."""
+    """Notes the first SIGINT, SIGTERM or SIGHUP (a closed terminal) for the loop to act on between steps; a second
+    SIGINT or SIGTERM acts at once."""
 
     received: int | None = None
 
@@ -334,7 +376,8 @@ class _Signals:
         self._kept: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                self._kept[number] = signal.signal(number, self._note)
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                    self._kept[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -342,6 +385,9 @@ class _Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.received = number
-        for each in self._kept:
+        if self.received is None:
+            self.received = number
+        if number == signal.SIGHUP:  # some shells send two
+            metrics.leave_terminal()
+        for each in self._kept.keys() - {signal.SIGHUP}:
             signal.signal(each, signal.SIG_DFL)

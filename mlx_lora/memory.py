@@ -78,13 +78,18 @@ class NoFurtherAhead:
                 self._room = needed
 
 
-def available() -> int:
-    """Bytes that MLX may hold in all on its device, what it holds now included, without swapping.
+def available(limit: float | None = None) -> int:
+    """Bytes that MLX may hold in all on its device, what it holds now included, without swapping; no more than `limit`
+    GB.
 
     Metal: the working set that macOS recommends. CUDA: what is free on the device. CPU on Linux: what the system
     reports as available, and no more than the control groups of this process (a container's) leave; on other systems
     MLX's own limit, 0.8 of the physical memory.
     """
+    return _available() if limit is None else min(_available(), int(limit * 1e9))
+
+
+def _available() -> int:
     held = mx.get_active_memory() + mx.get_cache_memory()
     if mx.metal.is_available():  # MLX then allocates there for the CPU too
         return _metal_memory()

@@ -32,6 +32,7 @@ def write(folder: Path, report: Report, force: bool = False, shard_bytes: int = 
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder}: is there already; choose another folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with files.new_folder(folder) as temporary:
             _fill(temporary, report.merge, shard_bytes)
     except (OSError, RuntimeError) as error:  # MLX raises RuntimeError

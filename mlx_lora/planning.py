@@ -7,7 +7,7 @@ whole blocks, then fewer logits at a time.
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,13 +15,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lora import lora
-from mlx_lora.batches import Batch, train_batches
+from mlx_lora import lora, memory
+from mlx_lora.batches import Batch, Batches, train_batches
 from mlx_lora.config import PLANNED, Config, Train
 from mlx_lora.data import Example
 from mlx_lora.errors import InputError
 from mlx_lora.gradient_checkpointing import MLP_NAMES
 from mlx_lora.head import output_of
+from mlx_lora.loss import arrays, batch_score
+from mlx_lora.memory import NoFurtherAhead
 from mlx_lora.optim import make_optimizer
 from mlx_lora.step import Step, prepared
 
@@ -55,39 +57,99 @@ def choose(
     """
     limit = int(SHARE * available)
     lines = [f"plan: {limit / 1e9:.2f} GB for a step ({SHARE:.0%} of the {available / 1e9:.2f} GB available)"]
-    estimates: dict[Any, tuple[float, float]] = {}
     if config.data.packing:
         with prepared(model, config.train) as attention:
             length = train_batches(config, rows).largest().inputs.shape[1]
             attention.require_packed(config.model.path, length)
-    for options, batch in _candidates(config, model, rows):
+    options = _first_that_fits(_candidates(config, model, rows), model, limit, compiled, lines)
+    if options is None:
+        raise InputError(
+            "\n       ".join(
+                [
+                    *lines,
+                    "train.plan: not even one row with gradient checkpointing fits; lower data.max_seq_length, adapt "
+                    "fewer lora.layers, or quantize the base (model.quantize)",
+                ]
+            )
+        )
+    return options, lines
+
+
+def require(
+    config: Config, model: nn.Module, rows: list[Example], valid: list[Example], limit: int, compiled: bool
+) -> list[str]:
+    """What was tried, for a run whose largest batches, those of evaluations too, take at most `limit` bytes beyond what
+    is in memory already.
+
+    Raises InputError where they take more, with the smallest change that fits: smaller batches, more that is
+    recomputed, or shorter rows. Each of them has been tried.
+    """
+    lines: list[str] = []
+    own = [(config.train, train_batches(config, rows).largest())]
+    room = memory.available() - mx.get_active_memory()
+    if _first_that_fits(iter(own), model, limit, compiled, lines, valid, room) is not None:
+        return lines
+    plain = _with(config, **{name: Train.model_fields[name].default for name in PLANNED})
+    fitting = _first_that_fits(_candidates(plain, model, rows), model, limit, compiled, lines, valid)
+    cure = "adapt fewer lora.layers, or quantize the base (model.quantize)"
+    if fitting is not None:
+        cure = f"set {_settings(fitting)}, which fits"
+    else:
+        least = _with(config, batch_tokens=1, loss_chunk=16, gradient_checkpointing=True)
+        length = max(row.tokens.size for row in [*rows, *valid]) // 2
+        while length >= min(TOKENS):
+            shorter = iter([(least.train, train_batches(least, _cut_rows(rows, length)).largest())])
+            short = _cut_rows(valid, length)
+            if _first_that_fits(shorter, model, limit, compiled, lines, short) is not None:
+                cure = f"set data.max_seq_length={length}, {_settings(least.train)}, which fits"
+                break
+            length //= 2
+    raise InputError("\n       ".join([*lines, f"train.memory_limit: too little for this run; {cure}"]))
+
+
+def _cut_rows(rows: list[Example], length: int) -> list[Example]:
+    return [replace(row, tokens=row.tokens[:length], supervised=row.supervised[:length]) for row in rows]
+
+
+def _first_that_fits(
+    candidates: Iterator[tuple[Train, Batch]],
+    model: nn.Module,
+    limit: int,
+    compiled: bool,
+    lines: list[str],
+    valid: Sequence[Example] = (),
+    hopeless: int | None = None,
+) -> Train | None:
+    """The first of the options whose batch takes at most `limit` bytes, and whose evaluation of the `valid` rows does;
+    what was tried is added to `lines`. What is estimated to take more than `hopeless`, else `limit`, is not tried."""
+    estimates: dict[Any, tuple[float, float]] = {}
+    for options, batch in candidates:
         key = options.gradient_checkpointing, options.loss_chunk
         if key not in estimates:
             estimates[key] = _line(options, model, batch, compiled)
         fixed, each = estimates[key]
         estimate = fixed + each * batch.mask.size
         shape = f"{batch.mask.shape[0]} x {batch.mask.shape[1]} tokens, {_words(options)}"
-        if estimate > limit:
+        if estimate > (hopeless or limit):
             lines.append(f"plan: {shape}: about {estimate / 1e9:.2f} GB, too much")
             continue
         need = _try(options, model, batch, compiled)
         if need.memory > limit:
             lines.append(f"plan: {shape}: {need.memory / 1e9:.2f} GB, too much")
             continue
+        if valid and (evaluation := _try_evaluation(options, model, list(valid))) > limit:
+            lines.append(f"plan: {shape}: {evaluation / 1e9:.2f} GB for an evaluation, too much")
+            continue
         lines.append(
             f"plan: {shape}: {need.memory / 1e9:.2f} GB and {need.seconds:.2f} s for the largest batch: chosen; "
-            f"{', '.join(f'train.{name}={_yaml(getattr(options, name))}' for name in PLANNED)}"
+            f"{_settings(options)}"
         )
-        return options, lines
-    raise InputError(
-        "\n       ".join(
-            [
-                *lines,
-                "train.plan: not even one row with gradient checkpointing fits; lower data.max_seq_length, adapt fewer "
-                "lora.layers, or quantize the base (model.quantize)",
-            ]
-        )
-    )
+        return options
+    return None
+
+
+def _settings(options: Train) -> str:
+    return ", ".join(f"train.{name}={_yaml(getattr(options, name))}" for name in PLANNED)
 
 
 def _candidates(config: Config, model: nn.Module, rows: list[Example]) -> Iterator[tuple[Train, Batch]]:
@@ -167,10 +229,31 @@ def _try(options: Train, model: nn.Module, batch: Batch, compiled: bool) -> Need
     return need
 
 
+def _try_evaluation(options: Train, model: nn.Module, rows: list[Example]) -> int:
+    """The most bytes that the largest batch of an evaluation takes."""
+    gc.collect()
+    batches = Batches(rows, options.batch_size, 0, batch_tokens=options.batch_tokens)
+    with prepared(model, options):
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        ahead, batch = NoFurtherAhead(), arrays(batches.largest())
+        for _ in range(2):
+            with ahead.allowed():
+                mx.eval(batch_score(output_of(model), batch))
+        return mx.get_peak_memory() - before
+
+
 def _words(options: Train) -> str:
-    words = {"selective": "what is cheap recomputed", "mlp": "MLPs recomputed", True: "blocks recomputed"}
+    words: dict[Any, str] = {
+        False: "nothing recomputed",
+        "selective": "what is cheap recomputed",
+        "mlp": "MLPs recomputed",
+        True: "blocks recomputed",
+    }
     chunk = f", {options.loss_chunk} logits at a time" if options.loss_chunk else ""
-    return words[options.gradient_checkpointing] + chunk
+    level = options.gradient_checkpointing
+    return words.get(level, f"one in {level} blocks recomputed") + chunk
 
 
 def _yaml(value: Any) -> str:

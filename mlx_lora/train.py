@@ -5,8 +5,9 @@ import math
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +36,7 @@ from mlx_lora.errors import InputError, exit_code
 from mlx_lora.loop import Result, Run, total_steps
 from mlx_lora.model import Base
 from mlx_lora.optim import learning_rate, warmup_steps
+from mlx_lora.supervisor import before, supervise
 
 T = TypeVar("T")
 
@@ -47,14 +49,23 @@ def finetune(
     Returns losses, steps, epochs, tokens and seconds. Raises InputError for bad input, Interrupted after a signal.
     """
     config = _config(config, overrides or [])
-    log = metrics.Log()
-    folder = Path(config.output_dir)
+    folder, log = Path(config.output_dir), metrics.Log()
+    with ExitStack() as held:
+        locked = resume and _is_folder(folder)
+        if locked:  # or another run could remove what this one reads
+            held.enter_context(_held(folder, log))
+        return _finetune(config, folder, resume, None if locked else held, log)
+
+
+def _finetune(config: Config, folder: Path, resume: bool, to_lock: ExitStack | None, log: metrics.Log) -> Result:
     start = _start(folder, resume, log)
+    if start is not None and config.model.revision is None:
+        config = _pinned(config, checkpoint.read_progress(start)[1].get("revision"))
     base, train, valid = _load(config, log)
+    config = _pinned(config, base.identity.get("revision"))
     paths = _attach(config, base, config.lora.start_from if start is None else None)
     then = None if start is None else checkpoint.read_progress(start)
-    if config.train.plan == "auto":
-        config = _planned(config, base, train, log, then[1] if then else None)
+    config = _planned(config, base, train, valid, log, then[1] if then else None)
     contract = _contract(config, base, train, valid)
     if start is not None and then is not None:
         progress, contract_then = then
@@ -66,6 +77,10 @@ def finetune(
         f"adapting {len(paths)} layers: {counts.trainable:,} of {counts.total:,} parameters train "
         f"({100 * counts.trainable / counts.total:.2f} %); adapter {counts.adapter_bytes / 1e6:.1f} MB"
     )
+    if to_lock is not None:  # a new run leaves nothing behind before it is known to be sound
+        to_lock.enter_context(_held(folder, log))
+        if checkpoint.latest(folder)[0] is not None:
+            raise InputError(f"output_dir: another run wrote to {folder} meanwhile; choose another folder")
     _write_config(folder, config, base, train, valid)
     result = Run(config, base, train, valid, contract, log).fit(start)
     best = "" if result.best_loss is None else f", best {result.best_loss:.4f} at step {result.best_step}"
@@ -110,6 +125,13 @@ def _config(config: str | Path | dict[str, Any] | Config, overrides: list[str]) 
     return config_file.parse(config, overrides)
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:  # the name is too long
+        raise InputError(f"output_dir: {path} cannot be used ({error.strerror})") from None
+
+
 def _start(folder: Path, resume: bool, log: metrics.Log) -> Path | None:
     """The checkpoint to go on from. Raises InputError where a new run would write over an old one."""
     try:
@@ -117,6 +139,8 @@ def _start(folder: Path, resume: bool, log: metrics.Log) -> Path | None:
         start, complaints = checkpoint.latest(folder)
     except OSError as error:
         raise InputError(f"output_dir: {folder} cannot be used ({error.strerror})") from None
+    if resume and before()[0] and not folder.is_dir():
+        raise InputError(f"output_dir: {folder} has gone; bring it back, then go on with --resume")
     if not resume:
         if taken or start is not None or complaints:
             raise InputError(
@@ -196,20 +220,41 @@ def _attach(config: Config, base: Base, start_from: str | None) -> list[str]:
     return paths
 
 
-def _planned(config: Config, base: Base, train: Dataset, log: metrics.Log, contract: dict[str, Any] | None) -> Config:
-    """The config with what `train.plan: auto` chooses in its place; a resumed run keeps what was chosen."""
-    if contract is not None:
-        chosen = {name: contract["train"].get(name) for name in PLANNED}
-    else:
-        room = int(0.9 * memory.available()) - mx.get_active_memory()  # a tenth is for freed buffers
+def _pinned(config: Config, revision: str | None) -> Config:
+    """The config with the commit that a hub id led to, so that the run goes on with these very weights, and what it
+    leaves behind names them."""
+    if model.is_local(config.model.path):
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"revision": revision})})
+
+
+def _planned(
+    config: Config, base: Base, train: Dataset, valid: Dataset | None, log: metrics.Log, contract: dict[str, Any] | None
+) -> Config:
+    """The config with what `train.plan: auto` chooses in its place; a resumed run keeps what was chosen.
+
+    Raises InputError where the run would need more than `train.memory_limit`.
+    """
+    limit = config.train.memory_limit
+    allowed = memory.available(limit)
+    with memory.limits(allowed):
+        room = int(0.9 * allowed) - mx.get_active_memory()  # a tenth is for freed buffers
         if config.train.prefix_cache == "memory" and prefix.unusable(base.model) is None:
             room -= prefix.size(base.model, train_batches(config, train.examples))
-        with memory.limits(memory.available()):
-            options, lines = planning.choose(config, base.model, train.examples, room, model.can_compile())
-        for line in lines:
-            log.say(line)
-        chosen = {name: getattr(options, name) for name in PLANNED}
-    return config.model_copy(update={"train": config.train.model_copy(update={"plan": "manual", **chosen})})
+        if config.train.plan == "auto":
+            if contract is not None:
+                chosen = {name: contract["train"].get(name) for name in PLANNED}
+            else:
+                options, lines = planning.choose(config, base.model, train.examples, room, model.can_compile())
+                for line in lines:
+                    log.say(line)
+                chosen = {name: getattr(options, name) for name in PLANNED}
+            config = config.model_copy(update={"train": config.train.model_copy(update={"plan": "manual", **chosen})})
+        if limit is not None:
+            rows = valid.examples if valid else []
+            for line in planning.require(config, base.model, train.examples, rows, room, model.can_compile()):
+                log.say(line)
+    return config
 
 
 def _contract(config: Config, base: Base, train: Dataset, valid: Dataset | None) -> dict[str, Any]:
@@ -221,6 +266,7 @@ def _contract(config: Config, base: Base, train: Dataset, valid: Dataset | None)
     )
     return options | {
         "base": base.identity["digest"],
+        "revision": base.identity.get("revision"),
         "train_rows": train.digest,
         "valid_rows": valid.digest if valid else None,
         "order": ORDER,
@@ -228,13 +274,25 @@ def _contract(config: Config, base: Base, train: Dataset, valid: Dataset | None)
     }
 
 
+@contextmanager
+def _held(folder: Path, log: metrics.Log) -> Iterator[None]:
+    """The run's folder, cleared of what killed runs left, for this run alone. Raises InputError where another one has
+    it."""
+    with ExitStack() as stack:
+        try:
+            (folder / adapter_files.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            if not stack.enter_context(files.locked(folder)):
+                log.say(f"warning: {folder} is on a file system without locks: start no other run there")
+            files.clear_temporaries(folder)
+            files.clear_temporaries(folder / adapter_files.CHECKPOINTS)
+        except OSError as error:
+            raise InputError(f"output_dir: {folder} cannot be written ({error.strerror})") from None
+        yield
+
+
 def _write_config(folder: Path, config: Config, base: Base, train: Dataset, valid: Dataset | None) -> None:
     """config.yaml: the resolved config, headed by what else the run was made of."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        files.clear_temporaries(folder)
-        (folder / adapter_files.CHECKPOINTS).mkdir(exist_ok=True)
-        files.clear_temporaries(folder / adapter_files.CHECKPOINTS)
         facts = {
             "versions": f"mlx-lora {__version__}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}",
             "base": ", ".join(f"{name} {value}" for name, value in base.identity.items()),
@@ -270,7 +328,17 @@ def _main() -> None:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
     mode.add_argument("--dry-run", action="store_true", help="print what would be done, load no weights")
+    parser.add_argument(
+        "--supervise", action="store_true", help="when the process dies, go on from the last checkpoint in a new one"
+    )
     options = parser.parse_args()
+    if options.supervise and options.dry_run:
+        parser.error("--supervise: a dry run does not train")
+    if options.supervise:
+        command = [sys.executable, "-m", "mlx_lora.train", "--config", options.config]
+        for override in options.set:
+            command += ["--set", override]
+        sys.exit(supervise([*command, *["--resume"] * options.resume], [*command, "--resume"]))
     if options.dry_run:
         dry_run(config_file.load(options.config, options.set), metrics.Log())
     else:

@@ -1,6 +1,7 @@
 """Models that tests share: the real SmolLM2 from PyPI, and tiny random ones built by transformers."""
 
 import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,9 @@ import pytest
 
 import mlx_lora  # noqa: F401  (loads OpenBLAS before anything imports MLX)
 
+# Ignored by nohup and by a shell's `&`, which would be handed on to every run that a test starts.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).parents[1]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mlx_lora" / "tests"
 

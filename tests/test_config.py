@@ -42,7 +42,8 @@ def test_minimal_config_is_the_defaults_of_the_design(write):
     assert loaded.train.learning_rate == 1e-4
     assert loaded.train.optimizer == config.AdamW(weight_decay=0.01, betas=[0.9, 0.999])
     assert loaded.train.schedule == config.Schedule(name="cosine", warmup=0.03, min_lr=1e-6)
-    assert (loaded.eval.every, loaded.checkpoint.every, loaded.checkpoint.keep, loaded.log.every) == (200, 200, 3, 10)
+    assert (loaded.eval.every, loaded.log.every) == (200, 10)
+    assert (loaded.checkpoint.every, loaded.checkpoint.keep) == ("auto", 3)
 
 
 def test_numbers_without_a_dot_are_numbers(write):

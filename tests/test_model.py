@@ -683,6 +683,44 @@ def test_hub_ids_without_a_network(make: Maker, tmp_path: Path) -> None:
     assert len(lines) == 6
 
 
+TRAINED = """
+import json, pathlib, shutil, sys
+from mlx_lora import finetune
+from mlx_lora.adapter_files import base_of
+
+commit = "0123456789abcdef0123456789abcdef01234567"
+folder = pathlib.Path(sys.argv[1])
+cache = folder / "hub" / "models--me--tiny"
+shutil.copytree(sys.argv[2], cache / "snapshots" / commit)
+(cache / "refs").mkdir()
+(cache / "refs" / "main").write_text(commit)
+(folder / "rows.jsonl").write_text(json.dumps({"text": "Hello there"}) + "\\n")
+run = {
+    "model": "me/tiny",
+    "data": {"train": str(folder / "rows.jsonl"), "valid": 0},
+    "train": {"max_steps": 1, "epochs": None},
+    "output_dir": str(folder / "run"),
+}
+finetune(run)
+(cache / "refs" / "main").write_text("f" * 40)  # the hub has gone on
+print(base_of(folder / "run").revision, (folder / "run" / "config.yaml").read_text().count(f"revision: {commit}"))
+shutil.copytree(sys.argv[2], cache / "snapshots" / ("f" * 40))
+(cache / "snapshots" / ("f" * 40) / "tokenizer_config.json").write_text('{"tokenizer_class": "Other"}')
+finetune(run, resume=True)
+print(base_of(folder / "run").revision)
+"""
+
+
+def test_a_run_names_the_commit_that_a_hub_id_led_to(make: Maker, tmp_path: Path) -> None:
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    result = run(TRAINED, str(hub), str(make()), HF_HUB_OFFLINE="1", HF_HOME=str(hub))
+    assert result.returncode == 0, result.stderr
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    assert f"{commit} 1" in result.stdout.splitlines()
+    assert result.stdout.splitlines()[-1] == commit
+
+
 # ---- identity --------------------------------------------------------------------------------------------------------
 
 

@@ -79,6 +79,7 @@ SAME_NUMBERS = {
     "train.loss_chunk",
     "train.plan",
     "train.prefix_cache",
+    "train.memory_limit",
     "train.prefix_cache_limit",
 }
 

@@ -15,7 +15,10 @@ import pytest
 
 from mlx_lora import adapter_files, checkpoint, config, config_file, finetune, lora, metrics, model
 from mlx_lora.adapter_files import mlx_form
+from mlx_lora.batches import train_batches
+from mlx_lora.data import Example
 from mlx_lora.errors import InputError
+from mlx_lora.files import LOCK
 
 ROOT = Path(__file__).parents[1]
 COLOURS = ["red", "green", "blue", "black", "white", "brown", "pink", "grey"]
@@ -85,7 +88,7 @@ def test_a_run_learns_and_leaves_the_folder_of_the_design(options, tmp_path):
     result = finetune(options)
     run = tmp_path / "run"
     assert sorted(path.name for path in run.iterdir()) == sorted(
-        ["config.yaml", "metrics.jsonl", "adapters.safetensors", "adapter_config.json", "checkpoints"]
+        ["config.yaml", "metrics.jsonl", "adapters.safetensors", "adapter_config.json", "checkpoints", LOCK]
     )
     assert [path.name for path in checkpoint.complete(run)] == ["00000004", "00000006", "00000008"]
     assert (result.steps, result.output_dir) == (8, run)
@@ -150,6 +153,15 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(options, tmp_
     assert_same_bits(newest(tmp_path / "a"), newest(tmp_path / "b"))
     with pytest.raises(AssertionError):
         assert_same_bits(newest(tmp_path / "a"), newest(tmp_path / "c"))
+
+
+def test_another_seed_orders_the_rows_otherwise(options):
+    examples = [Example(np.arange(n, dtype=np.int32), np.arange(n) > 1, f"row {n}") for n in range(4, 44)]
+    orders = []
+    for seed in (1, 1, 2):
+        batches = train_batches(config_file.parse(options, [f"train.seed={seed}"]), examples)
+        orders.append([batch.rows for micro in batches.steps(0, 5) for batch in micro])
+    assert orders[0] == orders[1] != orders[2]
 
 
 def test_the_adapter_carries_its_story(options):
@@ -413,7 +425,7 @@ def test_a_resume_without_any_good_checkpoint_touches_nothing(options):
     run = Path(options["output_dir"])
     for folder in checkpoint.complete(run):
         (folder / checkpoint.PROGRESS).write_text("{}")
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != LOCK}
     with pytest.raises(InputError, match="no checkpoint to go on from is left"):
         finetune(options, resume=True)
     shutil.rmtree(run / "checkpoints")
