@@ -3,6 +3,9 @@
 from typing import Any
 
 from mlx_lora.errors import InputError
+from mlx_lora.time_limit import TookTooLong, time_limit
+
+RENDER_SECONDS = 5  # some 10,000 times what a conversation takes
 
 
 def tokenize(row: dict[str, Any], tokenizer: Any, loss_on: str) -> tuple[list[int], list[bool]]:
@@ -69,15 +72,16 @@ def render(
     messages: list[dict[str, Any]], tokenizer: Any, tools: Any = None, add_generation_prompt: bool = False
 ) -> str:
     """The conversation as the model's chat template writes it. Raises InputError with the template's own words."""
-    from jinja2 import TemplateError
-
     if tokenizer.chat_template is None:
         raise InputError("messages need a chat template and the model has none; use prompt and completion, or text")
     try:
-        return tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        with time_limit(RENDER_SECONDS):
+            return tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+    except TookTooLong:
+        raise InputError(f"the chat template takes more than {RENDER_SECONDS} seconds for it") from None
+    except Exception as error:  # a template is a program: it can raise anything
         raise InputError(f"the chat template refuses it: {error}") from None
 
 

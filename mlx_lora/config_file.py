@@ -18,8 +18,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from mlx_lora import files
 from mlx_lora.config import AdamW, Config, Options, Schedule, walk
 from mlx_lora.errors import InputError, exit_code
+
+MAX_VALUES = 10_000  # in a config: far more than there are options, far fewer than a chain of aliases makes
 
 
 class _Loader(yaml.SafeLoader):
@@ -52,7 +55,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = files.finite(path).read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give a YAML file with --config") from None
     except UnicodeDecodeError:
@@ -63,11 +66,13 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise InputError(f"{path}:{line}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:  # AttributeError: !!timestamp x
         raise InputError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: holds no options; see python -m mlx_lora.config_file reference")
     try:
+        if _values(node, {}) > MAX_VALUES:
+            raise InputError(f"{path}: holds more than {MAX_VALUES:,} values, aliases written out; remove aliases")
         where = dict(_lines(node, path))
     except RecursionError:
         raise InputError(f"{path}: not valid YAML: something in it contains itself") from None
@@ -90,6 +95,16 @@ def parse(
         raise InputError("\n       ".join(_faults(error, raw, where, source))) from None
 
 
+def _values(node: Any, known: dict[int, int]) -> int:
+    """How many values a node holds with its aliases written out; raises RecursionError where it contains itself."""
+    if id(node) not in known:
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        pairs = isinstance(node, yaml.MappingNode)
+        inner = [value for pair in parts for value in pair] if pairs else parts
+        known[id(node)] = 1 + sum(_values(value, known) for value in inner)
+    return known[id(node)]
+
+
 def _lines(node: Any, path: Path, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
     """Each key path with the file and line it stands on."""
     if isinstance(node, yaml.MappingNode):
@@ -107,7 +122,7 @@ def _apply(raw: dict[str, Any], override: str) -> tuple[str, ...]:
         raise InputError(f"--set {override}: is not of the form section.key=value")
     try:
         value = _Loader(text).get_single_data()
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError):
         raise InputError(f"--set {override}: the value is not valid YAML") from None
     if keys[0] == "model" and isinstance(raw.get("model"), str) and len(keys) > 1:
         raw["model"] = {"path": raw["model"]}

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from mlx_lora import chat
+from mlx_lora import chat, files
 from mlx_lora.config import Data
 from mlx_lora.errors import InputError
 
 MAX_LISTED = 20
+MAX_CHARACTERS = 2_000_000  # in a row, as JSON: some 500,000 tokens, and seconds to tokenize
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def read(path: str | Path) -> list[Row]:
     """
     path = Path(path)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = files.finite(path).read_bytes().decode("utf-8-sig")
     except (OSError, ValueError) as error:
         if isinstance(error, UnicodeDecodeError):
             raise InputError(f"{path}: is not UTF-8 (byte {error.start}); convert it to UTF-8") from None
@@ -222,10 +223,13 @@ def _raise(faults: list[str]) -> None:
 
 def _tokenize(row: dict[str, Any], tokenizer: Any, config: Data) -> tuple[list[int], list[bool]]:
     form = _form(row, config)
+    text = json.dumps(row, ensure_ascii=False)
     try:
-        json.dumps(row, ensure_ascii=False).encode()
+        text.encode()
     except UnicodeEncodeError:
         raise InputError("holds text that is not valid Unicode (a lone surrogate)") from None
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(f"holds {len(text):,} characters, more than {MAX_CHARACTERS:,}; split it into several rows")
     if form == "text":
         if config.loss_on in ("last", "completion"):
             raise InputError(f"a text row has no answer for data.loss_on: {config.loss_on}; use assistant or all")

@@ -623,6 +623,25 @@ def test_too_many_requests_are_refused_and_too_many_connections_cut_off(server: 
     assert not any("Traceback" in line for line in server.lines())
 
 
+def test_a_thousand_connections_do_not_keep_an_honest_client_out(server: Server):
+    """Whole requests, halves, garbage, and nothing at all, from connections that stay; the client asks until it is
+    answered, which takes no longer than unfinished headers are given."""
+    texts = [HALF, b"", b"\x16\x03\x01garbage\r\n\r\n", REQUEST + JSON_TYPE + b"Content-Length: 20000\r\n\r\n{"]
+    started = time.monotonic()
+    with contextlib.ExitStack() as opened:
+        for number in range(1000):
+            with contextlib.suppress(ConnectionError):
+                opened.enter_context(server.connect(texts[number % len(texts)]))
+        with openai.OpenAI(base_url=server.url, api_key="none", max_retries=100, timeout=60) as honest:
+            answer = honest.chat.completions.create(
+                model="base", messages=[{"role": "user", "content": "?"}], max_tokens=2
+            )
+        assert answer.usage.completion_tokens <= 2
+        assert time.monotonic() - started < app.BODY_SECONDS + app.HEADER_SECONDS
+    assert is_free(server)
+    assert not any("Traceback" in line for line in server.lines())
+
+
 def test_a_reader_that_stops_is_cut_off(monkeypatch: pytest.MonkeyPatch):
     """And one that goes on reading is not."""
     monkeypatch.setattr(app, "READ_SECONDS", 3)

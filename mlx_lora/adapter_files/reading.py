@@ -12,6 +12,7 @@ from mlx_lora.errors import InputError
 
 def settings_of(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file. Raises InputError naming it."""
+    _require_file(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -26,6 +27,7 @@ def settings_of(path: Path) -> dict[str, Any]:
 def arrays_of(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     """The arrays and the metadata of a safetensors file; evaluated, so that later changes of the file
     change nothing."""
+    _require_file(path)
     try:
         arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
         mx.eval(arrays)
@@ -34,6 +36,15 @@ def arrays_of(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     if not arrays:
         raise InputError(f"{path}: holds no arrays")
     return dict(arrays), dict(metadata)
+
+
+def _require_file(path: Path) -> None:
+    """Raises InputError for a folder, a device or a pipe, some of which have no end. What is missing passes."""
+    try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: is no file")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def fitting_arrays(path: Path, places: dict[str, mx.array]) -> dict[str, mx.array]:
