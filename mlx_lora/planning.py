@@ -82,13 +82,14 @@ def require(
     is in memory already.
 
     Raises InputError where they take more, with the smallest change that fits: smaller batches, more that is
-    recomputed, or shorter rows. Each of them has been tried.
+    recomputed, or shorter rows. Each of them has been tried, and leaves a twentieth of the limit.
     """
     lines: list[str] = []
     own = [(config.train, train_batches(config, rows).largest())]
     room = memory.available() - mx.get_active_memory()
     if _first_that_fits(iter(own), model, limit, compiled, lines, valid, room) is not None:
         return lines
+    limit = int(0.95 * limit)  # what is measured varies a little, and what fits has to fit again
     plain = _with(config, **{name: Train.model_fields[name].default for name in PLANNED})
     fitting = _first_that_fits(_candidates(plain, model, rows), model, limit, compiled, lines, valid)
     cure = "adapt fewer lora.layers, or quantize the base (model.quantize)"

@@ -101,6 +101,18 @@ def graph_operations(network: nn.Module, ids: mx.array, positions: mx.array) -> 
     return found
 
 
+def test_saving(tmp_path: Path) -> None:
+    text, figures = run("saving.py", tmp_path, "--tiny", "--updates", "12")
+    assert "share of the time" in text
+    saves, notes = figures["written"].values()
+    assert saves["times"] == 3  # the first evaluation's adapter, the last one's, the last checkpoint
+    assert notes["times"] >= 3
+    for row in (saves, notes):
+        assert positive(*row.values())
+        assert row["share"] == pytest.approx(row["seconds"] / figures["seconds"])
+    assert figures["bytes of a checkpoint"] > 0
+
+
 @pytest.mark.parametrize(
     ("shape", "more"), [("QWEN", {}), ("SMOL", {"tie_word_embeddings": False}), ("SMOL", {"bits": 4})]
 )
