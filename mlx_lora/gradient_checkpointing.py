@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.errors import InputError
 from mlx_lora.lora.layers import LoRAEmbedding, LoRALayer, layer_type
@@ -86,4 +87,29 @@ def _recomputed(self: Any, kind: type, first_run: Any, args: Any, kwargs: Any) -
         finally:  # no tracer stays in the model
             self.update(kept)
 
-    return mx.checkpoint(forward)(self.trainable_parameters(), *args, **kwargs)
+    parameters = self.trainable_parameters()
+    if args and tree_flatten(parameters):
+        parameters, x = _own_gradients_first(parameters, args[0])
+        args = (x, *args[1:])
+    return mx.checkpoint(forward)(parameters, *args, **kwargs)
+
+
+def _own_gradients_first(parameters: dict[str, Any], x: mx.array) -> tuple[dict[str, Any], mx.array]:
+    """The same values; in the backward pass the gradient to `x` waits for those to the parameters.
+
+    Else MLX, which forms what a result needs as late as it can, goes on to the blocks below first, and keeps of several
+    blocks (uncompiled: of all) everything that was recomputed, until their parameters' gradients are formed at the end.
+    """
+    names, arrays = zip(*tree_flatten(parameters), strict=True)
+
+    @mx.custom_function
+    def same(x: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
+        return x, *arrays
+
+    @same.vjp
+    def gradients(_: Any, cotangents: Any, __: Any) -> tuple[mx.array, ...]:
+        by_x, *by_arrays = cotangents
+        return mx.depends(by_x, by_arrays), *by_arrays
+
+    x, *arrays = same(x, *arrays)
+    return tree_unflatten(list(zip(names, arrays, strict=True))), x
