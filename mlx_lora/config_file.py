@@ -53,13 +53,21 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises InputError naming the file and line (or the override), the key, its value and, for an unknown key, the
     nearest known one. Every fault is listed, not only the first.
     """
+    raw, where = read(path)
+    return parse(raw, overrides, where, str(path))
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
+    """The mapping in a YAML or JSON file, and the file and line on which each key path stands."""
     path = Path(path)
     try:
         text = files.finite(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give a YAML file with --config") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+    if path.suffix == ".json":
+        text = text.replace("\t", " ")  # JSON is YAML, but for tabs between its tokens
     try:
         raw = _Loader(text).get_single_data()
         node = _Loader(text).get_single_node()
@@ -76,7 +84,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         where = dict(_lines(node, path))
     except RecursionError:
         raise InputError(f"{path}: not valid YAML: something in it contains itself") from None
-    return parse(raw, overrides, where, str(path))
+    return raw, where
 
 
 def parse(
@@ -203,6 +211,47 @@ def dump(config: Config) -> str:
     return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def nested(options: dict[str, Any]) -> dict[str, Any]:
+    """Options by key path (`train.seed`) as the mapping of mappings that `parse` takes."""
+    raw: dict[str, Any] = {}
+    for name, value in options.items():
+        *groups, key = name.split(".")
+        group = raw
+        for part in groups:
+            group = group.setdefault(part, {})
+        group[key] = value
+    return raw
+
+
+def commented(head: list[str], options: dict[str, tuple[Any, str]]) -> str:
+    """A config file of options by key path, each with its value and a comment ("": none), in the reference's order;
+    above them, `head` in lines of comment."""
+    lines = [f"# {_printable(line)}".rstrip() for line in head]
+    last: tuple[str, ...] = ()
+    for keys in dict.fromkeys(keys for keys, _, _ in walk()):
+        if ".".join(keys) not in options:
+            continue
+        shared = next((n for n, pair in enumerate(zip(keys, last, strict=False)) if pair[0] != pair[1]), len(last))
+        lines += [f"{'  ' * depth}{keys[depth]}:" for depth in range(shared, len(keys) - 1)]
+        value, comment = options[".".join(keys)]
+        line = f"{'  ' * (len(keys) - 1)}{keys[-1]}: {_one_line(value)}"
+        lines.append(f"{line}  # {_printable(comment)}" if comment else line)
+        last = keys
+    return "\n".join(lines) + "\n"
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def _one_line(value: Any) -> str:
+    """A value as YAML that `_Loader` reads back."""
+    if isinstance(value, str) and not value.isprintable():
+        return json.dumps(value)
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=2**30, sort_keys=False)
+    return text.removesuffix("...\n").rstrip("\n")
+
+
 def reference() -> str:
     """A YAML file of every option with its default and meaning; required ones hold an example."""
     examples = {"path": "Qwen/Qwen3-0.6B", "train": "data/train.jsonl", "output_dir": "runs/my-first"}
@@ -263,9 +312,14 @@ def table() -> str:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m mlx_lora.config_file", description="Print every option.")
+    what = _parser().parse_args().what
+    print({"reference": reference, "schema": schema, "table": table}[what](), end="")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mlx-lora config-file", description="Print every option.")
     parser.add_argument("what", choices=["reference", "schema", "table"])
-    print({"reference": reference, "schema": schema, "table": table}[parser.parse_args().what](), end="")
+    return parser
 
 
 if __name__ == "__main__":

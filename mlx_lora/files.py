@@ -142,6 +142,24 @@ def clear_temporaries(folder: Path) -> None:
             path.unlink()
 
 
+def exists(path: str | Path) -> bool:
+    """Whether there is something at a path that a person gave; False for what can be none."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def write_new(path: Path, text: str) -> None:
+    """Writes a text file that a person named. Raises InputError where it is there already or cannot be written."""
+    if exists(path):
+        raise InputError(f"{path}: is there already; choose another file with --out")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file as a person would read it."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

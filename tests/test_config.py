@@ -141,6 +141,23 @@ def test_dump_is_read_back_to_an_equal_config(write):
     assert config_file.load(write(config_file.dump(loaded))) == loaded
 
 
+def test_commented_options_are_read_back(write):
+    loaded = config_file.load(write(MINIMAL), ["model.quantize={bits: 8}", "notes.a='x: # y\n'", "data.train='# rows'"])
+
+    def flat(group: dict, prefix: str = "") -> dict:
+        options = {}
+        for key, value in group.items():
+            inner = isinstance(value, dict) and key not in ("quantize", "notes")
+            options |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+        return options
+
+    options = flat(loaded.model_dump())
+    assert config_file.parse(config_file.nested(options)) == loaded
+    text = config_file.commented(["a: b", ""], {key: (value, "c: [") for key, value in options.items()})
+    assert text.startswith("# a: b\n#\nmodel:\n  path: some/model  # c: [\n")
+    assert config_file.load(write(text)) == loaded
+
+
 def test_a_config_of_python_values_is_left_as_it_was():
     raw = yaml.safe_load(MINIMAL)
     config_file.parse(raw, ["train.seed=4"])

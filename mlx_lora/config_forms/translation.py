@@ -1,0 +1,120 @@
+"""Options of another tool, taken one after the other and set as ours; what nobody takes has no counterpart."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mlx_lora import files
+from mlx_lora.errors import InputError
+
+OFF = (None, False, "", "none", "no", [], {})  # what is switched off there needs no counterpart
+# How other hardware is used: nothing that is learned depends on it.
+HARDWARE = re.compile(
+    r"(bf|fp|tf|bfloat|float)\d+|.*(attention|attn|kernel|liger|fsdp|deepspeed|ddp|dataloader|torch_compile|offload"
+    r"|num_proc|device_map).*|torch_empty_cache_steps|local_rank|max_memory|gpu_memory_limit|lora_on_cpu"
+    r"|low_cpu_mem_usage|accelerator_config|gradient_checkpointing_kwargs|dataset_processes|pad_to_.*|padding_free"
+)
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".md", ".gz", ".zst")  # of files of rows
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list", dict: "a group"}
+
+
+class Translation:
+    """Another tool's options on their way to ours.
+
+    ``options`` are ours by key path, each with a comment; ``places`` says what each of them was made from; ``lost`` has
+    a line for what has no counterpart.
+    """
+
+    def __init__(self, path: str, options: dict[str, Any], where: dict[str, str]) -> None:
+        self.path = path
+        self.form = ""
+        self.options: dict[str, tuple[Any, str]] = {}
+        self.places: dict[tuple[str, ...], str] = {}
+        self.lost: list[str] = []
+        self._left = {str(name): value for name, value in options.items()}
+        # By the name that is asked for: where it stands, and what it is called there.
+        self._said = {name: (place, name) for name, place in where.items()}
+
+    def __contains__(self, name: str) -> bool:
+        """Whether an option is there, switched on and not taken yet."""
+        return self._left.get(name) not in OFF
+
+    def rename(self, names: dict[str, str]) -> None:
+        """Gives options the new names, where these are free."""
+        for old, new in names.items():
+            if old in self._left and new not in self._left:
+                self._left[new] = self._left.pop(old)
+                self._said[new] = self._said.get(old, (self.path, old))
+
+    def take(self, name: str, default: Any = None, kind: type | None = None) -> Any:
+        """The value of an option, or `default` where it is absent or null. Raises InputError for another kind."""
+        value = self._left.pop(name, None)
+        if value is None:
+            return default
+        if kind in (int, float):
+            value = _number(value, kind)
+        wrong = kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool))
+        if wrong or (kind is int and abs(value) > 2**53):
+            raise self.fault(name, f"is {KINDS[kind]}, got {_short(value)}")
+        return value
+
+    def set(self, key: str, value: Any, comment: str = "", of: str = "") -> None:
+        """Sets an option of ours, which was made from theirs named `of`."""
+        self.options[key] = value, comment
+        if of in self._said:
+            self.places[tuple(key.split("."))] = ": ".join(self._said[of])
+
+    def lose(self, name: str, value: Any, why: str = "") -> None:
+        """Notes that an option has no counterpart, unless it is switched off."""
+        if value not in OFF:
+            _, said = self._said.get(name, (self.path, name))
+            self.lost.append(f"{said}: {_short(value)}{f' ({why})' if why else ''}")
+
+    def drop(self, names: dict[str, str]) -> None:
+        """Takes options that have no counterpart; `names` says why of each."""
+        for name, why in names.items():
+            self.lose(name, self.take(name), why)
+
+    def left(self) -> list[tuple[str, Any]]:
+        """The options that were not taken."""
+        return list(self._left.items())
+
+    def fault(self, name: str, what: str) -> InputError:
+        """An error in an option of theirs."""
+        place, said = self._said.get(name, (self.path, name))
+        return InputError(f"{place}: {said}: {what}")
+
+    def finish(self) -> list[str]:
+        """The head of the new file: what has no counterpart, the options that nobody took included."""
+        hardware = [name for name, value in self._left.items() if HARDWARE.fullmatch(name) and value not in OFF]
+        for name, value in self._left.items():
+            if name not in hardware:
+                self.lose(name, value)
+        lines = [f"Made from {self.path} ({self.form}). What meant something else there is said beside it."]
+        if self.lost:
+            lines += ["Without a counterpart here:", *(f"  {line}" for line in self.lost)]
+        if hardware:
+            lines += ["About how other hardware is used, not needed here:", f"  {', '.join(hardware)}"]
+        return lines
+
+
+def rows(name: str) -> str:
+    """A source of rows as data.train names it: what looks like a hub id and is not here is a data set of the hub."""
+    hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and Path(name).suffix not in SUFFIXES and not files.exists(name)
+    return f"hub:{name}" if hub else name
+
+
+def _number(value: Any, kind: type | None) -> Any:
+    """The number in a value, which YAML may hold as text (2e-4); a value that is none as it is."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return value
+    if isinstance(value, bool) or (kind is int and (isinstance(value, int) or not number.is_integer())):
+        return value
+    return int(number) if kind is int else number
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
