@@ -1,0 +1,114 @@
+"""`mlx-lora init`: configs that load and can be planned, asked for in a real terminal or given as flags."""
+
+import os
+import pty
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mlx_lora import config_file, init
+from mlx_lora.errors import InputError
+
+ROWS = {
+    "chat": '{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]}\n',
+    "completion": '{"prompt": "Hello", "completion": "Hi"}\n',
+    "text": '{"text": "Hello, this is a text."}\n',
+}
+
+
+@pytest.mark.parametrize("goal", list(init.GOALS))
+@pytest.mark.parametrize("model", ["Qwen/Qwen3-0.6B", "Qwen/Qwen3-14B", "models/a: b.gguf", "~/models/mine"])
+def test_every_answer_gives_a_config(tmp_path, goal, model):
+    path = tmp_path / "my.yaml"
+    path.write_text(init.text(model, "rows # 1.jsonl", goal, 16, "my.yaml"))
+    loaded = config_file.load(path)
+    assert loaded.model.path == os.path.expanduser(model)
+    assert (loaded.model.quantize is not None) == (model == "Qwen/Qwen3-14B")
+    assert (loaded.data.train, loaded.output_dir) == ("rows # 1.jsonl", "runs/my")
+    assert (loaded.train.plan, loaded.train.memory_limit) == ("auto", 10.4)
+    assert all("  # " in line or line.endswith(":") for line in path.read_text().splitlines()[2:])
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("Qwen/Qwen3-0.6B", 0.6e9),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", 135e6),
+        ("mlx-community/Llama-3.2-3B-Instruct-4bit", 3e9),
+        ("Qwen/Qwen3-30B-A3B", 30e9),
+        ("models/SmolLM2-135M-Instruct.Q4_1.gguf", 135e6),
+        ("microsoft/phi-4", None),
+        ("me/model-2bits", None),
+    ],
+)
+def test_sizes_are_read_off_names(name, size):
+    assert init._parameters(name) == size
+
+
+@pytest.mark.parametrize("goal", list(ROWS))
+def test_the_flags_give_a_config_that_can_be_planned(run_command, tiny_model, tmp_path, goal):
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "new" / "my.yaml"
+    rows.write_text("".join(ROWS[goal].replace("Hello", f"Hello {number}") for number in range(30)))
+    flags = ["--model", tiny_model, "--data", rows, "--goal", goal, "--memory", "8", "--out", out]
+    made = run_command("init", *flags)
+    assert made.returncode == 0, made.stderr
+    assert f"mlx-lora train --config {out} --dry-run" in made.stdout
+    planned = run_command("train", "--config", out, "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    again = run_command("init", *flags)
+    assert (again.returncode, "is there already" in again.stderr) == (2, True)
+
+
+def test_without_a_terminal_the_missing_flags_are_named(run_command, tmp_path):
+    ended = run_command("init", "--goal", "chat", "--out", tmp_path / "my.yaml", stdin=subprocess.DEVNULL)
+    assert ended.returncode == 2
+    assert "--model --data --memory" in ended.stderr
+    assert not (tmp_path / "my.yaml").exists()
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--memory", "none"), ("--memory", "0"), ("--goal", "fame")])
+def test_faulty_flags_are_named(run_command, flag, value):
+    ended = run_command("init", flag, value)
+    assert (ended.returncode, flag in ended.stderr) == (2, True)
+
+
+def test_what_no_config_may_hold_is_refused():
+    with pytest.raises(InputError, match="model.path"):
+        init.text("", "rows.jsonl", "chat", 16)
+
+
+def test_four_questions_in_a_terminal(tmp_path):
+    """A real terminal: an answer that cannot be read is asked for again, Enter takes what is offered."""
+    terminal, inside = pty.openpty()
+    command = [sys.executable, "-m", "mlx_lora.init", "--out", str(tmp_path / "my.yaml")]
+    with subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside, cwd=tmp_path) as asking:
+        os.close(inside)
+        seen = b""
+        for question, answer in (
+            (b"Model", "some/model-7B"),
+            (b"Data", ""),
+            (b"Goal [1]", "9"),
+            (b"9 is none of", "4"),
+            (b"Memory", "plenty"),
+            (b"plenty is no number", "32"),
+        ):
+            seen = _until(terminal, question, seen)
+            os.write(terminal, answer.encode() + b"\n")
+        _until(terminal, b"is written", seen)
+        assert asking.wait(60) == 0
+    os.close(terminal)
+    loaded = config_file.load(tmp_path / "my.yaml")
+    assert (loaded.model.path, loaded.data.train) == ("some/model-7B", "data/train.jsonl")
+    assert (loaded.data.loss_on, loaded.train.epochs, loaded.train.memory_limit) == ("all", 1, 20.8)
+    assert loaded.model.quantize is not None
+
+
+def _until(terminal: int, text: bytes, seen: bytes) -> bytes:
+    """Reads what is printed until `text` was; returns what came after it."""
+    end = time.monotonic() + 60
+    while text not in seen:
+        assert time.monotonic() < end, seen
+        seen += os.read(terminal, 4096)
+    return seen[seen.index(text) + len(text) :]
