@@ -96,7 +96,7 @@ def _save(out: Path, adapter: Adapter, sources: list[Source], options: argparse.
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mlx_lora.combine",
+        prog="mlx-lora combine",
         description="Make one adapter of several that were trained on the same base.",
         epilog="methods: " + "; ".join(f"{name}: {meaning}" for name, meaning in METHODS.items()),
     )

@@ -98,7 +98,7 @@ def _side_by_side(questions: list[Question], answers: dict[str, list[str]]) -> T
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mlx_lora.evaluate",
+        prog="mlx-lora evaluate",
         description="Score base and adapter on held-out rows: loss, perplexity and, with --answers, exact answers.",
     )
     parser.add_argument("--adapter", required=True, metavar="FOLDER", help="a run's folder or a checkpoint")

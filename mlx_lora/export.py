@@ -196,7 +196,7 @@ def _quantize(text: str) -> str | int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mlx_lora.export",
+        prog="mlx-lora export",
         description="Write an adapter in the form that another tool reads.",
         epilog="forms: " + "; ".join(f"{form}: {meaning}" for form, meaning in FORMS.items()),
     )

@@ -218,7 +218,7 @@ def _read(read: Callable[[], str]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mlx_lora.generate",
+        prog="mlx-lora generate",
         description="Answer a prompt, or chat, with a base model and, if given, adapters.",
     )
     parser.add_argument("prompt", nargs="?", help="the prompt; - reads it from standard input")

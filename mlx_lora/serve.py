@@ -81,7 +81,7 @@ def _name(path: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mlx_lora.serve",
+        prog="mlx-lora serve",
         description="Serve a base model and adapters over HTTP, in the form of OpenAI's API.",
     )
     parser.add_argument(

@@ -316,21 +316,7 @@ def _size(layer: lora.LoRALayer) -> int:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m mlx_lora.train",
-        description="Fine-tune a model with LoRA.",
-        epilog="Every option of the config: python -m mlx_lora.config_file reference",
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of options")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="A.B=VALUE", help="override an option; any number of times"
-    )
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
-    mode.add_argument("--dry-run", action="store_true", help="print what would be done, load no weights")
-    parser.add_argument(
-        "--supervise", action="store_true", help="when the process dies, go on from the last checkpoint in a new one"
-    )
+    parser = _parser()
     options = parser.parse_args()
     if options.supervise and options.dry_run:
         parser.error("--supervise: a dry run does not train")
@@ -343,6 +329,25 @@ def _main() -> None:
         dry_run(config_file.load(options.config, options.set), metrics.Log())
     else:
         finetune(options.config, options.set, options.resume)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mlx-lora train",
+        description="Fine-tune a model with LoRA.",
+        epilog="Every option of the config: mlx-lora config-file reference",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of options")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="A.B=VALUE", help="override an option; any number of times"
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
+    mode.add_argument("--dry-run", action="store_true", help="print what would be done, load no weights")
+    parser.add_argument(
+        "--supervise", action="store_true", help="when the process dies, go on from the last checkpoint in a new one"
+    )
+    return parser
 
 
 if __name__ == "__main__":

@@ -15,6 +15,11 @@ ORDER = [
     "files",
     "config",
     "config_file",
+    "config_forms.translation",
+    "config_forms.mlx_lm",
+    "config_forms.hugging_face",
+    "config_forms.axolotl",
+    "config_forms",
     "time_limit",
     "chat",
     "data",
@@ -69,7 +74,18 @@ ORDER = [
     "supervisor",
     "loop",
 ]
-COMMANDS = ["train", "generate", "evaluate", "combine", "export", "serve"]
+COMMANDS = [
+    "__main__",
+    "doctor",
+    "init",
+    "convert_config",
+    "train",
+    "generate",
+    "evaluate",
+    "combine",
+    "export",
+    "serve",
+]
 OWNERS = {  # third-party packages that only these modules may import
     "mlx_lm": {"attention", "swiglu", "model", "generation", "lora.layers", "server.worker"},
     "huggingface_hub": {"model", "hub"},
@@ -88,6 +104,8 @@ OWNERS = {  # third-party packages that only these modules may import
     "h11": {"server.app"},
     "uvicorn": {"server.app"},
     "yaml": {"config_file"},
+    "packaging": {"doctor"},
+    "shtab": {"__main__"},
 }
 FORBIDDEN = {"pickle", "marshal", "shelve", "torch", "transformers", "requests"}
 

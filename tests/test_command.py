@@ -1,0 +1,94 @@
+"""`mlx-lora`: one entry to all commands, its help, and what shells complete."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_lora import __version__
+from mlx_lora.__main__ import COMMANDS, SHELLS
+
+PACKAGE = Path(__file__).parents[1] / "mlx_lora"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mlx_lora", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_every_command_of_the_package_is_in_it():
+    runnable = {
+        path.stem.replace("_", "-")
+        for path in PACKAGE.glob("*.py")
+        if 'if __name__ == "__main__"' in path.read_text() and path.stem != "__main__"
+    }
+    assert runnable | {"completion"} == COMMANDS.keys()
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_each_command_helps_under_its_own_name(name):
+    ended = run(name, "--help")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith(f"usage: mlx-lora {name}")
+
+
+def test_the_help_names_every_command_and_imports_none():
+    code = "import sys; from mlx_lora.__main__ import main; sys.argv = ['mlx-lora', '--help']\n"
+    code += "try: main()\nfinally: print(*{name.split('.')[0] for name in sys.modules}, file=sys.stderr)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0
+    for name, meaning in COMMANDS.items():
+        assert f"  {name} " in ended.stdout
+        assert meaning in ended.stdout
+    assert not {"mlx", "mlx_lm", "numpy", "pydantic", "transformers", "rich", "yaml"} & set(ended.stderr.split())
+
+
+def test_it_says_its_version():
+    assert run("--version").stdout == f"mlx-lora {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["--fast", "train"]])
+def test_bad_input_is_exit_code_2(arguments):
+    ended = run(*arguments)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "Traceback" not in ended.stderr
+
+
+def test_arguments_and_exit_codes_are_the_commands(tmp_path):
+    (tmp_path / "my.yaml").write_text("model: a\nrank: 3\n")
+    ended = run("train", "--config", str(tmp_path / "my.yaml"), "--dry-run")
+    assert ended.returncode == 2
+    assert "did you mean lora.rank?" in ended.stderr
+    assert run("config-file", "reference").stdout.startswith("# yaml-language-server")
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_shells_complete_commands_and_options(shell):
+    pytest.importorskip("shtab")
+    ended = run("completion", shell)
+    assert ended.returncode == 0, ended.stderr
+    for word in ("convert-config", "dry-run", "merged-gguf"):
+        assert word in ended.stdout
+
+
+def test_bash_completes(tmp_path):
+    """A real bash, asked for what follows a few words."""
+    pytest.importorskip("shtab")
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("there is no bash")
+    (tmp_path / "my-config.yaml").touch()
+    script = run("completion", "bash").stdout
+    for words, wanted in (
+        (["mlx-lora", "exp"], "export"),
+        (["mlx-lora", "train", "--dry"], "--dry-run"),
+        (["mlx-lora", "train", "--config", "my-"], "my-config.yaml"),
+        (["mlx-lora", "export", "--to", "peft", "--dtype", "q8"], "q8_0"),
+    ):
+        code = f'{script}\nCOMP_WORDS=({" ".join(words)}); COMP_CWORD={len(words) - 1}\n'
+        code += '$(complete -p mlx-lora | sed "s/.*-F \\([^ ]*\\).*/\\1/") mlx-lora "${COMP_WORDS[COMP_CWORD]}" ""\n'
+        code += 'printf "%s\\n" "${COMPREPLY[@]}"'
+        ended = subprocess.run([bash, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        assert wanted in ended.stdout.split(), (words, ended.stdout, ended.stderr)
