@@ -1,8 +1,9 @@
 """What the README and the configs folder promise is run as it stands."""
 
-import contextlib
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -14,6 +15,7 @@ from mlx_lora import config_file
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+START = {"python": [sys.executable], "mlx-lora": [sys.executable, "-m", "mlx_lora"]}
 # What sets the project up: done before these tests run, or (the quickstart) run by a test of its own.
 SET_UP = {"./scripts/quickstart.sh", "./scripts/test.sh", "pip install .", "pip install '.[serve]'"}
 
@@ -56,7 +58,7 @@ def test_every_command_of_the_readme_works_in_its_order(folder):
         if shlex.join(command) in SET_UP:
             continue
         program, *arguments = command
-        start = [sys.executable] if program == "python" else [sys.executable, "-m", *program.split(".")]
+        start = START.get(program, [sys.executable, "-m", *program.split(".")])
         if "mlx_lora.serve" in arguments:
             assert_it_serves([*start, *arguments, "--port", "0"], folder)
             continue
@@ -80,18 +82,60 @@ def test_the_readme_names_every_module():
             assert re.search(rf"^ .*\b{re.escape(path.name)}\b", README, re.MULTILINE), path
 
 
+ROWS = {  # for the configs whose rows are not in the repository
+    "completion": {"prompt": "Number {}?", "completion": "{} it is."},
+    "text": {"text": "This is text number {}."},
+    "tools": {
+        "messages": [
+            {"role": "user", "content": "Light {}, please"},
+            {
+                "role": "assistant",
+                "tool_calls": [{"type": "function", "function": {"name": "light", "arguments": {"room": "{}"}}}],
+            },
+            {"role": "tool", "content": "on"},
+            {"role": "assistant", "content": "Light {} is on."},
+        ],
+        "tools": [{"type": "function", "function": {"name": "light", "parameters": {"type": "object"}}}],
+    },
+}
+WITH_TOOLS = (
+    "{{ tools | tojson }}{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content or '' }}"
+    "{% if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_config_can_be_planned(path, tiny_model, tmp_path, run_command):
-    """With a tiny model; reference.yaml names rows that are not there, so it gets the quickstart's."""
+    """With a tiny model whose template writes tools, and rows of the kind that the config is for."""
     loaded = config_file.load(path)
-    rows = loaded.data.train if Path(ROOT / loaded.data.train).exists() else "configs/quickstart.jsonl"
-    changes = [f"model.path={tiny_model}", f"data.train={rows}", f"output_dir={tmp_path / 'run'}", "lora.layers=all"]
-    arguments = [part for change in changes for part in ("--set", change)]
+    rows = Path(ROOT / loaded.data.train)
+    if path.stem in ROWS:
+        rows = tmp_path / "rows.jsonl"
+        row = json.dumps(ROWS[path.stem])
+        rows.write_text("".join(row.replace("{}", str(number)) + "\n" for number in range(40)))
+    elif not rows.exists():
+        rows = ROOT / "configs" / "quickstart.jsonl"
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(WITH_TOOLS)
+    changes = {"model.path": tmp_path / "model", "data.train": rows, "output_dir": tmp_path / "run"}
+    arguments = ["--set", "lora.layers=all"]
+    for key, value in changes.items():
+        arguments += ["--set", f"{key}={value}"]
     planned = run_command("train", "--config", path, *arguments, "--dry-run")
     assert planned.returncode == 0, planned.stderr
     assert "parameters train" in planned.stdout
-    with contextlib.suppress(FileNotFoundError):
-        assert not list((tmp_path / "run").iterdir())
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_every_preset_says_what_it_is_for():
+    presets = [path for path in (ROOT / "configs").glob("*.yaml") if path.stem not in ("quickstart", "reference")]
+    assert len(presets) == 9
+    for path in presets:
+        head = [line for line in path.read_text().splitlines() if line.startswith("# ")]
+        for word in ("# For: ", "# Rows: ", "# Needs: ", "# Measured: "):
+            assert [line for line in head if line.startswith(word)], (path.name, word)
+        assert f"`{path.name}`" in README
 
 
 def test_the_quickstart_rows_are_what_their_generator_makes(tmp_path):
