@@ -3,18 +3,23 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm
 import pytest
 import tiny
 import yaml
 from mlx_lm import lora as mlx_lm_lora
+from mlx_lm.tuner.callbacks import TrainingCallback
+from mlx_lm.tuner.datasets import load_dataset
 from mlx_lm.tuner.utils import build_schedule, linear_to_lora_layers
 
-from mlx_lora import config, config_file, config_forms, convert_config
+from mlx_lora import config, config_file, config_forms, convert_config, finetune
 from mlx_lora.config import Config, Lora, Train
-from mlx_lora.config_forms import hugging_face, mlx_lm
+from mlx_lora.config_forms import hugging_face
+from mlx_lora.config_forms import mlx_lm as mlx_lm_form
 from mlx_lora.errors import InputError
 from mlx_lora.lora.targets import select
 from mlx_lora.optim import learning_rate
@@ -224,8 +229,8 @@ def test_mlx_lms_example(convert):
 
 def test_mlx_lms_defaults_are_its_own():
     theirs = mlx_lm_lora.CONFIG_DEFAULTS
-    assert {name: theirs[name] for name in mlx_lm.DEFAULTS} == mlx_lm.DEFAULTS
-    assert theirs.keys() >= mlx_lm.SIGNS
+    assert {name: theirs[name] for name in mlx_lm_form.DEFAULTS} == mlx_lm_form.DEFAULTS
+    assert theirs.keys() >= mlx_lm_form.SIGNS
 
 
 def test_every_option_of_mlx_lm_is_known(convert):
@@ -297,6 +302,71 @@ def test_a_trained_adapter_tells_its_options(convert):
     assert (ours.lora.rank, ours.lora.alpha) == (8, 160.0)
 
 
+TEXTS = [{"text": f"{letter} " * 100} for letter in "abcd"]
+ANSWERS = [{"prompt": f"Say {letter}.", "completion": f"{letter} " * 100} for letter in "abcd"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings"),
+    [
+        (
+            TEXTS,
+            {"optimizer": "adam", "optimizer_config": {"adam": {"bias_correction": True, "betas": [0.8, 0.9]}}}
+            | {"grad_accumulation_steps": 2, "iters": 12, "num_layers": 1}
+            | {"lr_schedule": {"name": "cosine_decay", "arguments": [0.01, 6, 0.001]}},
+        ),
+        (
+            ANSWERS,
+            {"optimizer": "sgd", "optimizer_config": {"sgd": {"momentum": 0.5, "weight_decay": 0.1}}, "iters": 6}
+            | {"batch_size": 4, "mask_prompt": True, "num_layers": -1, "learning_rate": 0.1, "grad_checkpoint": True},
+        ),
+    ],
+)
+def test_training_is_mlx_lms(convert, tiny_model, tmp_path, rows, settings):
+    """mlx-lm trains with a file, and we with what it became, from one adapter: the same losses and the same result.
+
+    The rows are longer than max_seq_length: mlx-lm would learn a token of padding where they end within. All of them
+    are in every update, whatever the order.
+    """
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parameters = {"rank": 4, "scale": 5.0, "dropout": 0.0, "keys": ["self_attn.q_proj", "mlp.down_proj"]}
+    theirs = {"model": str(tiny_model), "data": str(tmp_path), "train": True, "batch_size": 2, "max_seq_length": 64}
+    theirs |= {"lora_parameters": parameters, "steps_per_report": 1, "adapter_path": str(tmp_path / "start")} | settings
+    _mlx_lm_trains(theirs | {"iters": 2, "grad_accumulation_steps": 1, "learning_rate": 1.0, "lr_schedule": None})
+    theirs["resume_adapter_file"] = str(tmp_path / "start" / "adapters.safetensors")
+    expected = _mlx_lm_trains(theirs | {"adapter_path": str(tmp_path / "theirs")})
+
+    finetune(convert({**theirs, "adapter_path": str(tmp_path / "ours")})[0])
+    lines = map(json.loads, (tmp_path / "ours" / "metrics.jsonl").read_text().splitlines())
+    losses = [line["loss"] for line in lines if line["event"] == "train"]
+    batches = theirs.get("grad_accumulation_steps", 1)
+    assert len(losses) == theirs["iters"] // batches
+    assert losses == pytest.approx([sum(expected[i : i + batches]) / batches for i in range(0, len(expected), batches)])
+    assert losses[0] - losses[-1] > 0.01
+    one, other = (mx.load(str(tmp_path / run / "adapters.safetensors")) for run in ("ours", "theirs"))
+    assert one.keys() == other.keys()
+    assert len(one) == 2 * 2 * (1 if settings["num_layers"] == 1 else 2)
+    for name in one:
+        assert mx.allclose(one[name], other[name], rtol=1e-3, atol=1e-5).item(), name
+
+
+def _mlx_lm_trains(settings: dict[str, Any]) -> list[float]:
+    """mlx-lm's own training with these options; its losses, one for each batch."""
+
+    class Losses(TrainingCallback):
+        def __init__(self):
+            self.losses = []
+
+        def on_train_loss_report(self, info):
+            self.losses.append(info["train_loss"])
+
+    options = SimpleNamespace(**mlx_lm_lora.CONFIG_DEFAULTS | settings)
+    model, tokenizer = mlx_lm.load(options.model)
+    losses = Losses()
+    mlx_lm_lora.train_model(options, model, *load_dataset(options, tokenizer)[:2], losses)
+    return losses.losses
+
+
 # ---- axolotl ---------------------------------------------------------------------------------------------------------
 
 
@@ -330,7 +400,7 @@ def test_axolotls_other_ways(convert):
     ours, text = convert(
         "base_model: a/b\nlearning_rate: 2e-4\ntrain_on_inputs: true\nexcess_length_strategy: raise\n"
         "datasets: [{path: json, ds_type: json, data_files: [rows.jsonl], type: chat_template, "
-        "field_messages: conversations}, {path: more/rows}]\ntest_datasets: [{path: valid.jsonl}]\n"
+        "field_messages: dialogue}, {path: more/rows}]\ntest_datasets: [{path: valid.jsonl}]\n"
         "max_steps: 50\nlora_r: 16\nlora_alpha: 8\npeft_use_rslora: true\ncosine_min_lr_ratio: 0.1\n"
         "early_stopping_patience: 3\nlora_model_dir: old\npeft_layers_to_transform: [0, 1]\n"
     )
@@ -396,6 +466,7 @@ def test_pefts_defaults_are_its_own():
         assert MODULES[kind] == hugging_face.PEFT["target_modules"]
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # PEFT asks transformers so
 @pytest.mark.parametrize(
     "settings",
     [
@@ -412,9 +483,10 @@ def test_pefts_own_file_means_the_same(convert, tmp_path, settings):
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    theirs = LoraConfig(**settings, base_model_name_or_path="some/base", task_type="CAUSAL_LM")
+    theirs = LoraConfig(**settings, task_type="CAUSAL_LM")
     theirs.save_pretrained(tmp_path)
-    ours, text = convert((tmp_path / "adapter_config.json").read_text(), "adapter_config.json")
+    saved = json.loads((tmp_path / "adapter_config.json").read_text()) | {"base_model_name_or_path": "some/base"}
+    ours, text = convert(saved, "adapter_config.json")
     shape = {name: value for name, value in tiny.SHAPE.items() if name != "rope_theta"}
     adapted = {
         name.removeprefix("base_model.model."): module.scaling["default"]

@@ -1,6 +1,6 @@
 """axolotl's YAML → ours.
 
-Facts from axolotl of July 2026 (utils/schemas/, core/builders/base.py, utils/data/sft.py): most names stand for
+Facts from axolotl 0.19 (utils/schemas/, core/builders/base.py, utils/data/sft.py): most names stand for
 Hugging Face's, with other defaults; `sample_packing` fills rows of `sequence_len` tokens, of which a batch has
 `micro_batch_size`; `train_on_inputs` learns prompts too; rows above `sequence_len` are dropped; warmup is 3 % of the
 steps; `val_set_size` above 1 counts rows; without `adapter` all weights are trained.
@@ -42,6 +42,14 @@ DEFAULTS: dict[str, Any] = hugging_face.PEFT | {
     "weight_decay": 0.0,
     "gradient_checkpointing": False,
     "seed": 42,
+}
+ROWS = {  # how a row may be written, where it is read here too: as messages, or as sharegpt's conversations
+    "field": ("text",),
+    "text_column": ("text",),
+    "field_messages": ("messages", "conversations"),
+    "message_field_role": ("role", "from"),
+    "message_field_content": ("content", "value"),
+    "message_property_mappings": ({"role": "role", "content": "content"}, {"role": "from", "content": "value"}),
 }
 TOO_LONG = {"drop": "drop", "truncate": "truncate", "raise": "error"}
 
@@ -114,7 +122,8 @@ def _data(options: Translation) -> None:
     template = options.take("chat_template", "tokenizer_default")
     if template != "tokenizer_default":
         options.lose("chat_template", template, "the model's own is used")
-    options.drop({"dataset_prepared_path": "rows are read each time"})
+    for name in ("dataset_prepared_path", "skip_prepare_dataset"):
+        options.take(name)  # about a copy of the rows
 
 
 def _sets(options: Translation, name: str) -> list[dict[str, Any]]:
@@ -137,7 +146,14 @@ def _set(options: Translation, key: str, sets: list[dict[str, Any]], name: str) 
     given.take("ds_type")
     comment = f"{kind} rows there" if kind not in ("", "chat_template", "completion") else ""
     comment = comment if file else "the file names no rows: name yours"
-    options.set(key, rows(str(file or "data/train.jsonl")), comment, name)
+    source = rows(str(file or "data/train.jsonl"))
+    if source.startswith("hub:"):
+        configuration, split = given.take("name"), given.take("split")
+        source += (f"@{configuration}" if configuration else "") + (f":{split}" if split else "")
+    options.set(key, source, comment, name)
+    for inner, known in ROWS.items():
+        if (value := given.take(inner)) not in known:
+            options.lose(f"{name}: {inner}", value)
     if given.take("roles_to_train", ["assistant"]) not in (["assistant"], ["gpt"], ["assistant", "gpt"]):
         options.lost.append(f"{name}: roles_to_train (assistant is what is learned)")
     if (template := given.take("chat_template", "tokenizer_default")) != "tokenizer_default":

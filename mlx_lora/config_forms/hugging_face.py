@@ -1,10 +1,10 @@
 """Hugging Face's arguments → ours: PEFT's adapter_config.json, `trl sft --config`, an Unsloth notebook's arguments or
 `unsloth train --config`, in YAML or JSON, flat or in groups.
 
-Facts from transformers 5.23 (training_args.py), PEFT 0.21 (tuners/lora/config.py, utils/constants.py), TRL 1
-(sft_config.py, model_config.py) and Unsloth of 2026 (unsloth-cli.py, unsloth_cli/config.py): `max_steps` above 0
-overrides epochs; a rank-stabilized scale is alpha / sqrt(rank); the rate decays to 0; `constant` has no warmup;
-`max_grad_norm: 0` does not clip; TRL learns whole conversations unless `assistant_only_loss`.
+Facts from transformers 5.23 (training_args.py), PEFT 0.21 (tuners/lora/config.py, utils/constants.py), TRL 1.16
+(sft_config.py, model_config.py) and Unsloth 2026.10 (unsloth_cli/config.py): `max_steps` above 0 overrides epochs; a
+rank-stabilized scale is alpha / sqrt(rank); the rate decays to 0; `constant` has no warmup; `max_grad_norm: 0` does not
+clip; TRL learns whole conversations unless `assistant_only_loss`, and trains all weights unless `use_peft`.
 """
 
 import math
@@ -36,6 +36,7 @@ NAMES = {  # one name for what the tools call differently
     "num_epochs": "num_train_epochs",
     "random_seed": "seed",
     "use_gradient_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing": "gradient_checkpointing",
 }
 TRAINING: dict[str, Any] = {  # of transformers' TrainingArguments
     "learning_rate": 5e-5,
@@ -59,12 +60,11 @@ UNSLOTH: dict[str, Any] = {
     "gradient_checkpointing": True,
     "load_in_4bit": True,
 }
+SFT: dict[str, Any] = {"learning_rate": 2e-5, "max_length": 1024, "gradient_checkpointing": True}
 TOOLS: dict[str, dict[str, Any]] = {  # what each takes where nothing is said; PEFT's modules are Llama's and Qwen's
     "PEFT": PEFT,
-    "TRL": TRAINING
-    | PEFT
-    | {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
-    | {"learning_rate": 2e-5, "max_length": 1024, "gradient_checkpointing": True},
+    "SFTConfig": TRAINING | PEFT | SFT,
+    "trl sft": TRAINING | PEFT | SFT | {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05},
     "Unsloth": TRAINING | UNSLOTH,
     "unsloth train": TRAINING
     | UNSLOTH
@@ -106,7 +106,8 @@ def translate(options: Translation) -> None:
     options.rename(NAMES)
     if (kind := options.take("peft_type", "LORA")) != "LORA":
         raise options.fault("peft_type", f"{kind} has no counterpart here, only LORA")
-    if options.take("training_type", "lora") != "lora" or options.take("full_finetuning"):
+    whole = [options.take("training_type", "lora") != "lora", options.take("full_finetuning", False)]
+    if any(whole) or not options.take("use_peft", tool != "trl sft"):
         options.lost.append("full fine-tuning (LoRA in its place; its learning rate is another)")
     model(options)
     quantize(options, defaults.get("load_in_4bit", False))
@@ -126,7 +127,9 @@ def _tool(names: set[str]) -> str:
         return "unsloth train"
     if names & {"model_name", "random_state", "use_gradient_checkpointing", "full_finetuning"}:
         return "Unsloth"
-    return "TRL" if names & TRAINING.keys() else "PEFT"
+    if names & {"use_peft", "lora_r", "lora_target_modules"}:
+        return "trl sft"
+    return "SFTConfig" if names & TRAINING.keys() else "PEFT"
 
 
 def model(options: Translation) -> None:
@@ -147,6 +150,7 @@ def model(options: Translation) -> None:
 def quantize(options: Translation, default: bool = False) -> None:
     """Sets the base's quantization on load."""
     four, eight = options.take("load_in_4bit", default), options.take("load_in_8bit", False)
+    options.take("load_in_16bit")
     if four or eight:
         bits = 4 if four else 8
         comment = "MLX's form, not bitsandbytes'; remove this where the model is quantized already"
@@ -170,8 +174,10 @@ def lora(options: Translation, defaults: dict[str, Any]) -> None:
         options.set("lora.init", "gaussian", of="init_lora_weights")
     elif start is not True:
         options.lost.append(f"init_lora_weights: {start} (lora_a starts at random, lora_b at zero)")
-    layers = options.take("layers_to_transform")
-    if layers is not None:
+    layers, last = options.take("layers_to_transform"), options.take("finetune_last_n_layers", None, int)
+    if last:
+        options.set("lora.layers", f"last:{last}", of="finetune_last_n_layers")
+    elif layers is not None:
         options.set("lora.layers", [layers] if isinstance(layers, int) else layers, of="layers_to_transform")
     options.drop(
         {
@@ -183,7 +189,7 @@ def lora(options: Translation, defaults: dict[str, Any]) -> None:
     for name in ("finetune_language_layers", "finetune_attention_modules", "finetune_mlp_modules"):
         if options.take(name, True) is False:
             options.lost.append(f"{name}: False (choose with lora.target_modules)")
-    for name in ("task_type", "inference_mode", "auto_mapping", "peft_version", "use_peft", *SWITCHED):
+    for name in ("task_type", "inference_mode", "auto_mapping", "peft_version", *SWITCHED):
         options.take(name)  # say nothing about training
 
 
