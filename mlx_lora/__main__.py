@@ -4,7 +4,8 @@ Nothing of a command is imported before it is the one that was asked for.
 """
 
 import argparse
-import importlib
+import difflib
+import importlib.util
 import sys
 from typing import Any
 
@@ -13,19 +14,18 @@ from mlx_lora.errors import InputError, exit_code
 
 COMMANDS = {  # in the order in which a newcomer needs them
     "doctor": "check this machine, and say what to fix",
-    "init": "write a config for a first run: asks for model, data, goal and memory",
-    "convert-config": "turn a config of mlx-lm, axolotl, Unsloth, TRL or PEFT into ours",
+    "init": "write a config for a first run, from four questions",
+    "convert-config": "turn a config of mlx-lm, axolotl, TRL or Unsloth into ours",
+    "config-file": "print every option of a config, with its meaning",
     "train": "fine-tune a model; --dry-run shows what would be done",
-    "evaluate": "score held-out rows with and without the adapter",
-    "generate": "answer a prompt, compare answers, or chat",
+    "evaluate": "score held-out rows with and without what was learned",
+    "generate": "ask the model: one prompt, with and without, or a chat",
     "combine": "make one adapter of several",
-    "export": "write an adapter for llama.cpp, PEFT, mlx-lm or Ollama, or merge it",
+    "export": "hand the result to llama.cpp, Ollama, PEFT, mlx-lm or the hub",
     "serve": "answer over HTTP, in the form of OpenAI's API",
-    "config-file": "print every option of a config",
     "completion": "print what makes a shell complete all this",
 }
 SHELLS = ("bash", "zsh", "tcsh")
-FILES = ("FILE", "FOLDER", "RUN", "NAME=FOLDER", "[NAME=]FOLDER[:WEIGHT]")  # what stands for a path in --help
 
 
 def main() -> None:
@@ -39,6 +39,10 @@ def _main() -> None:
         parser.print_help(sys.stderr)
         sys.exit(2)
     options = parser.parse_args()
+    if options.command not in COMMANDS:
+        near = difflib.get_close_matches(options.command, COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else "mlx-lora --help lists all"
+        raise InputError(f"there is no command {options.command!r}; {hint}")
     sys.argv = [f"mlx-lora {options.command}", *options.arguments]
     if options.command == "completion":
         print(_completion(_completion_parser().parse_args().shell))
@@ -47,7 +51,11 @@ def _main() -> None:
 
 
 def _module(command: str) -> Any:
-    return importlib.import_module(f"mlx_lora.{command.replace('-', '_')}")
+    """The module of a command, with `_main` and `_parser`: of a package, its `__main__`."""
+    name = f"mlx_lora.{command.replace('-', '_')}"
+    spec = importlib.util.find_spec(name)
+    is_package = spec is not None and spec.submodule_search_locations is not None
+    return importlib.import_module(f"{name}.__main__" if is_package else name)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,7 +64,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="mlx-lora",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="mlx-lora COMMAND ...",
-        description=f"LoRA fine-tuning on MLX.\n\ncommands:\n{commands}",
+        description="Teach a language model something new, from your own data, on your own machine:\n"
+        f"LoRA fine-tuning on MLX.\n\ncommands:\n{commands}",
         epilog="mlx-lora COMMAND --help says more about one of them.\n\n"
         "A first run:\n"
         "  mlx-lora doctor\n"
@@ -65,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         '  mlx-lora generate --adapter runs/my "Can I send it back?"',
     )
     parser.add_argument("--version", action="version", version=f"mlx-lora {__version__}")
-    parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help=argparse.SUPPRESS)
+    parser.add_argument("command", metavar="COMMAND", help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
@@ -91,8 +100,8 @@ def _completion(shell: str) -> str:
     for name, meaning in COMMANDS.items():
         parser = _completion_parser() if name == "completion" else _module(name)._parser()
         for action in parser._actions:
-            if action.metavar in FILES:
-                action.complete = shtab.FILE
+            if action.choices is None and action.type is None and action.nargs != 0:
+                action.complete = shtab.FILE  # or a name or text, for which nothing is offered
         commands.add_parser(name, parents=[parser], add_help=False, help=meaning)
     return shtab.complete(whole, shell)
 

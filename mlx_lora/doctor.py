@@ -46,6 +46,7 @@ def _main() -> None:
     bad = [finding.subject for finding in findings if not finding.usable]
     if bad:
         raise InputError(f"nothing can be trained on this machine yet: see {', '.join(bad)} above")
+    print("This machine can train; a config for a first run: mlx-lora init")
 
 
 def examine() -> Iterator[Finding]:

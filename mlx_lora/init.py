@@ -16,7 +16,7 @@ MODEL = "Qwen/Qwen3-0.6B"
 GOALS = {  # name: what it is for, what a row holds, and the options that follow
     "chat": (
         "answer as in these conversations",
-        '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
+        '{"messages": [{"role": "user", "content": "..."},\n {"role": "assistant", "content": "..."}]}',
         {"data.loss_on": ("assistant", "every answer is learned; last: only the last one")},
     ),
     "completion": (
@@ -26,11 +26,11 @@ GOALS = {  # name: what it is for, what a row holds, and the options that follow
     ),
     "tools": (
         "call tools",
-        '{"messages": [..., {"role": "assistant", "tool_calls": [...]}], "tools": [...]}',
+        '{"messages": [..., {"role": "assistant", "tool_calls": [...]}],\n "tools": [...]}',
         {
             "data.loss_on": ("assistant", "calls are learned like any answer"),
-            "data.max_seq_length": (4096, "the tools stand in every row"),
-            "data.on_overflow": ("drop", "half a call teaches half a call"),
+            "data.max_seq_length": (4096, "tokens; the tools stand in every row"),
+            "data.on_overflow": ("drop", "half a call would teach half a call"),
         },
     ),
     "text": (
@@ -58,14 +58,17 @@ def _main() -> None:
         raise InputError(f"there is nobody to ask (stdin is no terminal): give {flags}; see mlx-lora init --help")
     if files.exists(options.out):
         raise InputError(f"{options.out}: is there already; choose another file with --out")
+    if missing:
+        print("Enter takes what stands in brackets.")
     for name in missing:
         setattr(options, name, _ask(name))
     files.write_new(Path(options.out), text(options.model, options.data, options.goal, options.memory, options.out))
     if not files.exists(options.data):
-        print(f"{options.data} is not there yet; a row is {GOALS[options.goal][1]}")
+        row = GOALS[options.goal][1].replace("\n", "")
+        print(f"{options.data} is not there yet: put rows into it, each on one line:\n{row}")
     print(f"{options.out} is written. Look at what it would do, then train:")
-    print(f"mlx-lora train --config {options.out} --dry-run")
-    print(f"mlx-lora train --config {options.out}")
+    print(f"  mlx-lora train --config {options.out} --dry-run")
+    print(f"  mlx-lora train --config {options.out}")
 
 
 def text(model: str, data: str, goal: str, memory: float, out: str = "my.yaml") -> str:
@@ -73,34 +76,44 @@ def text(model: str, data: str, goal: str, memory: float, out: str = "my.yaml") 
 
     Raises InputError for what no config may hold.
     """
-    purpose, row, chosen = GOALS[goal]
+    purpose, _, chosen = GOALS[goal]
     limit = round(SHARE * memory, 1)
     options: Options = {
         "model.path": (model, "hub id, local folder, or .gguf file"),
-        "data.train": (data, f"a JSON object a line: {row}"),
-        "data.valid": (0.05, "this share is held out, to see how well it goes; or a file"),
-        "data.max_seq_length": (2048, "longest row in tokens; shorter takes less memory"),
+        "data.train": (data, "rows as above, one a line"),
+        "data.valid": (0.05, "share held out, to see how well it goes"),
+        "data.max_seq_length": (2048, "tokens; shorter takes less memory"),
         "lora.rank": (16, "size of the adapter"),
         "lora.alpha": (32.0, "the update is scaled by alpha / rank"),
         "train.epochs": (3, "passes over the rows"),
-        "train.learning_rate": (1e-4, "lower where the loss jumps, higher where it barely falls"),
-        "train.memory_limit": (limit, f"GB, of the {memory:g} there are: the rest is for macOS and other programs"),
-        "train.plan": ("auto", "chooses how a step is computed, so that it fits in that"),
+        "train.learning_rate": (1e-4, "lower if the loss jumps, higher if it barely falls"),
+        "train.memory_limit": (limit, f"of {memory:g} GB: the rest is for the system"),
+        "train.plan": ("auto", "compute a step in such a way that it fits in that"),
         "output_dir": (f"runs/{Path(out).stem}", "the adapter, its checkpoints and the log"),
         **chosen,
     }
     size = _parameters(model)
     if size is not None and not QUANTIZED.search(model) and 2 * size > limit * 1e9 / 2:
         dense, packed = 2 * size / 1e9, 4.5 / 8 * size / 1e9
-        why = f"{dense:.1f} GB of weights in 16 bits, {packed:.1f} in 4"
-        options["model.quantize"] = {"bits": 4, "group_size": 64}, why
+        why = f"{packed:.1f} GB of weights, not {dense:.1f}"
+        if packed > limit:
+            why += ": take a smaller model"
+        options["model.quantize"] = {"bits": 4}, why
     values = {name: value for name, (value, _) in options.items()}
     config_file.parse(config_file.nested(values), source="mlx-lora init")
     head = [
-        f"To {purpose}. Made by mlx-lora init {__version__}; nothing in it was measured on your machine.",
-        f"Train: mlx-lora train --config {out}    Every option: mlx-lora config-file reference",
+        f"To {purpose}.",
+        f"Made by mlx-lora init {__version__}; nothing in it was measured on your machine.",
+        f"Train:        mlx-lora train --config {out}",
+        "Every option: mlx-lora config-file reference",
+        *_row(goal, "Rows, each on one line: ").split("\n"),
     ]
     return config_file.commented(head, options)
+
+
+def _row(goal: str, start: str) -> str:
+    """What a row holds, in lines that start together after `start`."""
+    return start + GOALS[goal][1].replace("\n", "\n" + " " * len(start))
 
 
 def _parameters(model: str) -> float | None:
@@ -114,12 +127,12 @@ def _ask(name: str) -> Any:
         return _until(f"Memory of the machine in GB [{_memory():g}]: ", _gigabytes, f"{_memory():g}")
     if name == "goal":
         print("What should the model learn?")
-        for number, (goal, (purpose, row, _)) in enumerate(GOALS.items(), 1):
-            print(f"  {number}  {goal:10}  to {purpose}; rows: {row}")
+        for number, (goal, (purpose, _, _)) in enumerate(GOALS.items(), 1):
+            print(f"  {number}  {goal:10}  to {purpose}\n{_row(goal, ' ' * 17)}")
         return _until("Goal [1]: ", _goal, "1")
     if name == "model":
         return _until(f"Model: hub id, folder, or .gguf file [{MODEL}]: ", str, MODEL)
-    return _until("Data: a file with a JSON object a line [data/train.jsonl]: ", str, "data/train.jsonl")
+    return _until("Data: a file of rows, a JSON object a line [data/train.jsonl]: ", str, "data/train.jsonl")
 
 
 def _until(question: str, read: Any, default: str) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlx_lora import __version__
-from mlx_lora.__main__ import COMMANDS, SHELLS
+from mlx_lora.__main__ import COMMANDS, SHELLS, _completion, _module
 
 PACKAGE = Path(__file__).parents[1] / "mlx_lora"
 
@@ -24,14 +24,36 @@ def test_every_command_of_the_package_is_in_it():
         for path in PACKAGE.glob("*.py")
         if 'if __name__ == "__main__"' in path.read_text() and path.stem != "__main__"
     }
+    runnable |= {path.parent.name.replace("_", "-") for path in PACKAGE.glob("*/__main__.py")}
     assert runnable | {"completion"} == COMMANDS.keys()
 
 
-@pytest.mark.parametrize("name", list(COMMANDS))
-def test_each_command_helps_under_its_own_name(name):
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"completion"}))
+def test_each_command_helps_under_its_own_name(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = _module(name)._parser().format_help()
+    assert text.startswith(f"usage: mlx-lora {name}")
+    assert max(map(len, text.splitlines())) < 80
+
+
+@pytest.mark.parametrize("name", ["completion", "doctor"])
+def test_what_follows_a_command_is_its_own(name):
     ended = run(name, "--help")
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.startswith(f"usage: mlx-lora {name}")
+    assert (ended.returncode, ended.stdout.split("\n")[0][: 16 + len(name)]) == (0, f"usage: mlx-lora {name}")
+
+
+def test_a_package_runs_by_its_main(tmp_path):
+    """As `python -m` runs it."""
+    package = tmp_path / "mlx_lora" / "data"
+    shutil.copytree(PACKAGE, tmp_path / "mlx_lora", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "mlx_lora" / "export.py").unlink()
+    package = tmp_path / "mlx_lora" / "export"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text("import sys\ndef _main():\n    print('from', *sys.argv)\n")
+    command = [sys.executable, "-m", "mlx_lora", "export", "--to", "gguf"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert (ended.returncode, ended.stdout) == (0, "from mlx-lora export --to gguf\n"), ended.stderr
 
 
 def test_the_help_names_every_command_and_imports_none():
@@ -42,6 +64,7 @@ def test_the_help_names_every_command_and_imports_none():
     for name, meaning in COMMANDS.items():
         assert f"  {name} " in ended.stdout
         assert meaning in ended.stdout
+    assert max(map(len, ended.stdout.splitlines())) < 80
     assert not {"mlx", "mlx_lm", "numpy", "pydantic", "transformers", "rich", "yaml"} & set(ended.stderr.split())
 
 
@@ -49,10 +72,20 @@ def test_it_says_its_version():
     assert run("--version").stdout == f"mlx-lora {__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["--fast", "train"]])
-def test_bad_input_is_exit_code_2(arguments):
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "commands:"),
+        (["trian"], "there is no command 'trian'; did you mean train?"),
+        (["xyzzy"], "mlx-lora --help"),
+        (["--fast", "train"], "--fast"),
+        (["completion", "powershell"], "bash"),
+    ],
+)
+def test_bad_input_is_exit_code_2(arguments, words):
     ended = run(*arguments)
     assert (ended.returncode, ended.stdout) == (2, "")
+    assert words in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
@@ -66,21 +99,15 @@ def test_arguments_and_exit_codes_are_the_commands(tmp_path):
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_shells_complete_commands_and_options(shell):
-    pytest.importorskip("shtab")
-    ended = run("completion", shell)
-    assert ended.returncode == 0, ended.stderr
+    text = _completion(shell)
     for word in ("convert-config", "dry-run", "merged-gguf"):
-        assert word in ended.stdout
+        assert word in text
 
 
 def test_bash_completes(tmp_path):
     """A real bash, asked for what follows a few words."""
-    pytest.importorskip("shtab")
-    bash = shutil.which("bash")
-    if bash is None:
-        pytest.skip("there is no bash")
     (tmp_path / "my-config.yaml").touch()
-    script = run("completion", "bash").stdout
+    script = _completion("bash")
     for words, wanted in (
         (["mlx-lora", "exp"], "export"),
         (["mlx-lora", "train", "--dry"], "--dry-run"),
@@ -90,5 +117,5 @@ def test_bash_completes(tmp_path):
         code = f'{script}\nCOMP_WORDS=({" ".join(words)}); COMP_CWORD={len(words) - 1}\n'
         code += '$(complete -p mlx-lora | sed "s/.*-F \\([^ ]*\\).*/\\1/") mlx-lora "${COMP_WORDS[COMP_CWORD]}" ""\n'
         code += 'printf "%s\\n" "${COMPREPLY[@]}"'
-        ended = subprocess.run([bash, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        ended = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
         assert wanted in ended.stdout.split(), (words, ended.stdout, ended.stderr)

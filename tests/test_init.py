@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from mlx_lora import config_file, init
+from mlx_lora import config_file, init, metrics
 from mlx_lora.errors import InputError
+from mlx_lora.train import dry_run
 
 ROWS = {
     "chat": '{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]}\n',
@@ -28,7 +29,17 @@ def test_every_answer_gives_a_config(tmp_path, goal, model):
     assert (loaded.model.quantize is not None) == (model == "Qwen/Qwen3-14B")
     assert (loaded.data.train, loaded.output_dir) == ("rows # 1.jsonl", "runs/my")
     assert (loaded.train.plan, loaded.train.memory_limit) == ("auto", 10.4)
-    assert all("  # " in line or line.endswith(":") for line in path.read_text().splitlines()[2:])
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("# ")]
+    assert all("  # " in line or line.endswith(":") for line in lines)
+
+
+def test_lines_fit_a_terminal():
+    for goal in init.GOALS:
+        assert max(map(len, init.text("Qwen/Qwen3-32B", "data/train.jsonl", goal, 16).splitlines())) <= 80
+
+
+def test_a_model_that_cannot_fit_is_said():
+    assert "18.0 GB of weights, not 64.0: take a smaller model" in init.text("Qwen/Qwen3-32B", "rows.jsonl", "chat", 16)
 
 
 @pytest.mark.parametrize(
@@ -48,15 +59,22 @@ def test_sizes_are_read_off_names(name, size):
 
 
 @pytest.mark.parametrize("goal", list(ROWS))
-def test_the_flags_give_a_config_that_can_be_planned(run_command, tiny_model, tmp_path, goal):
-    rows, out = tmp_path / "rows.jsonl", tmp_path / "new" / "my.yaml"
+def test_every_goal_can_be_planned(capsys, tiny_model, tmp_path, goal):
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "my.yaml"
     rows.write_text("".join(ROWS[goal].replace("Hello", f"Hello {number}") for number in range(30)))
-    flags = ["--model", tiny_model, "--data", rows, "--goal", goal, "--memory", "8", "--out", out]
+    out.write_text(init.text(str(tiny_model), str(rows), goal, 8))
+    dry_run(config_file.load(out), metrics.Log())
+    assert "parameters train" in capsys.readouterr().out
+
+
+def test_flags_in_the_place_of_answers(run_command, tmp_path):
+    out = tmp_path / "new" / "my.yaml"
+    flags = ["--model", "some/model", "--data", "none.jsonl", "--goal", "text", "--memory", "8", "--out", out]
     made = run_command("init", *flags)
     assert made.returncode == 0, made.stderr
+    assert 'put rows into it, each on one line:\n{"text": "..."}' in made.stdout
     assert f"mlx-lora train --config {out} --dry-run" in made.stdout
-    planned = run_command("train", "--config", out, "--dry-run")
-    assert planned.returncode == 0, planned.stderr
+    assert config_file.load(out).model.path == "some/model"
     again = run_command("init", *flags)
     assert (again.returncode, "is there already" in again.stderr) == (2, True)
 
