@@ -317,7 +317,12 @@ def _main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mlx-lora config-file", description="Print every option.")
+    parser = argparse.ArgumentParser(
+        prog="mlx-lora config-file",
+        description="Print every option of a config.",
+        epilog="reference: a config of all options, with their meanings; schema: JSON schema, for editors; table: "
+        "the same in Markdown",
+    )
     parser.add_argument("what", choices=["reference", "schema", "table"])
     return parser
 

@@ -106,7 +106,8 @@ def text(model: str, data: str, goal: str, memory: float, out: str = "my.yaml") 
         f"Made by mlx-lora init {__version__}; nothing in it was measured on your machine.",
         f"Train:        mlx-lora train --config {out}",
         "Every option: mlx-lora config-file reference",
-        *_row(goal, "Rows, each on one line: ").split("\n"),
+        "Rows, each on one line:",
+        *_row(goal, "  ").split("\n"),
     ]
     return config_file.commented(head, options)
 
