@@ -82,8 +82,11 @@ def _parser() -> argparse.ArgumentParser:
 def _completion_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mlx-lora completion",
-        description='Print a script that makes a shell complete commands, options and files, as in: eval "$(mlx-lora '
-        'completion bash)" in ~/.bashrc.',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Print a script that makes a shell complete commands, options and files.",
+        epilog="once, for bash with the package bash-completion, or for zsh:\n"
+        "  mlx-lora completion bash > ~/.local/share/bash-completion/completions/mlx-lora\n"
+        "  mlx-lora completion zsh > \"${fpath[1]}/_mlx-lora\"",
     )
     parser.add_argument("shell", choices=SHELLS)
     return parser

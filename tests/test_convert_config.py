@@ -442,7 +442,18 @@ def test_trls_config(convert):
     assert (ours.data.loss_on, ours.data.valid, ours.data.max_seq_length) == ("assistant", 0.05, 1024)
     assert (ours.train.schedule.min_lr, ours.train.max_grad_norm, ours.eval.every) == (pytest.approx(2e-5), None, 100)
     assert "eos_token" in text
+    assert "full fine-tuning" not in text
     assert convert(TRL.replace("assistant_only_loss: true", ""))[0].data.loss_on == "all"
+    assert "full fine-tuning" in convert(TRL.replace("use_peft: true", ""))[1]
+
+
+def test_a_scripts_arguments_have_pefts_defaults(convert):
+    """LoraConfig's and SFTConfig's keywords, as a script gives them; `trl sft` has other defaults."""
+    ours, text = convert({"r": 4, "model_name_or_path": "a/b", "max_steps": 9, "activation_checkpointing": False})
+    assert (ours.lora.rank, ours.lora.alpha, ours.lora.dropout) == (4, 8, 0)
+    assert (ours.train.learning_rate, ours.train.gradient_checkpointing) == (2e-5, "selective")
+    assert "(SFTConfig)" in text
+    assert "Without a counterpart" not in text
 
 
 def test_transformers_defaults_are_its_own():
@@ -453,6 +464,25 @@ def test_transformers_defaults_are_its_own():
     assert theirs.pop("optim").startswith(ours.pop("optim"))
     assert theirs.pop("gradient_checkpointing") in (None, ours.pop("gradient_checkpointing"))
     assert {name: theirs[name] for name in ours} == ours
+
+
+@pytest.mark.slow  # importing TRL takes seconds
+def test_trls_defaults_are_its_own():
+    from trl import ModelConfig, SFTConfig
+
+    given, cli = ({field.name: field.default for field in dataclasses.fields(one)} for one in (SFTConfig, ModelConfig))
+    ours = dict(hugging_face.TOOLS["SFTConfig"])
+    assert given["optim"].startswith(ours.pop("optim"))
+    assert {name: given[name] for name in ours if name in given} == {name: ours[name] for name in ours if name in given}
+    ours = hugging_face.TOOLS["trl sft"]
+    assert [cli[f"lora_{name}"] for name in ("r", "alpha", "dropout")] == [
+        ours[name] for name in ("r", "lora_alpha", "lora_dropout")
+    ]
+    assert (cli["use_peft"], cli["lora_target_modules"]) == (False, None)
+    names = given.keys() | cli.keys()
+    missing = hugging_face.NAMES.keys() & {"lora_r", "lora_target_modules", "model_revision", "activation_checkpointing"}
+    assert missing <= names
+    assert {"assistant_only_loss", "completion_only_loss", "max_length", "packing", "warmup_steps"} <= names
 
 
 def test_pefts_defaults_are_its_own():

@@ -129,7 +129,7 @@ def _tool(names: set[str]) -> str:
         return "Unsloth"
     if names & {"use_peft", "lora_r", "lora_target_modules"}:
         return "trl sft"
-    return "SFTConfig" if names & TRAINING.keys() else "PEFT"
+    return "SFTConfig" if names & {*TRAINING, "max_steps", "max_length", "dataset_name", "output_dir"} else "PEFT"
 
 
 def model(options: Translation) -> None:
