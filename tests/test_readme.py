@@ -1,6 +1,7 @@
 """What the README and the configs folder promise is run as it stands."""
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_lora import config_file
+from mlx_lora import config, config_file, finetune, gguf_model
+from mlx_lora.model import load
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -105,27 +107,33 @@ WITH_TOOLS = (
 )
 
 
+@pytest.fixture(scope="module")
+def with_tools(tiny_model, tmp_path_factory) -> Path:
+    """The tiny model with a template that writes tools, as a folder and as a GGUF file in it."""
+    folder = tmp_path_factory.mktemp("tools")
+    shutil.copytree(tiny_model, folder, dirs_exist_ok=True)
+    (folder / "chat_template.jinja").write_text(WITH_TOOLS)
+    gguf_model.write(folder / "model.gguf", load(config.Model(path=str(folder))), None, "f32")
+    return folder
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_every_config_can_be_planned(path, tiny_model, tmp_path, run_command):
-    """With a tiny model whose template writes tools, and rows of the kind that the config is for."""
-    loaded = config_file.load(path)
-    rows = Path(ROOT / loaded.data.train)
+def test_every_config_trains(path, with_tools, tmp_path, monkeypatch):
+    """Two steps on a tiny model of its kind (a GGUF file, a base of 4 bits), with rows of the kind that it is for."""
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    rows = (ROOT / "configs" / "quickstart.jsonl").read_text().splitlines()[:40]
     if path.stem in ROWS:
-        rows = tmp_path / "rows.jsonl"
-        row = json.dumps(ROWS[path.stem])
-        rows.write_text("".join(row.replace("{}", str(number)) + "\n" for number in range(40)))
-    elif not rows.exists():
-        rows = ROOT / "configs" / "quickstart.jsonl"
-    shutil.copytree(tiny_model, tmp_path / "model")
-    (tmp_path / "model" / "chat_template.jinja").write_text(WITH_TOOLS)
-    changes = {"model.path": tmp_path / "model", "data.train": rows, "output_dir": tmp_path / "run"}
-    arguments = ["--set", "lora.layers=all"]
-    for key, value in changes.items():
-        arguments += ["--set", f"{key}={value}"]
-    planned = run_command("train", "--config", path, *arguments, "--dry-run")
-    assert planned.returncode == 0, planned.stderr
-    assert "parameters train" in planned.stdout
-    assert not list((tmp_path / "run").glob("*"))
+        rows = [json.dumps(ROWS[path.stem]).replace("{}", str(number)) for number in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    base = with_tools / "model.gguf" if str(config_file.load(path).model.path).endswith(".gguf") else with_tools
+    changes = {"model.path": base, "data.train": tmp_path / "rows.jsonl", "output_dir": tmp_path / "run"}
+    changes |= {"lora.layers": "all", "train.max_steps": 2}
+    if path.stem.startswith("qlora"):
+        changes["model.quantize"] = "{bits: 4, group_size: 32}"  # the preset's base is quantized already
+    result = finetune(path, [f"{key}={value}" for key, value in changes.items()])
+    assert result.steps == 2
+    assert math.isfinite(result.final_loss)
+    assert (tmp_path / "run" / "adapters.safetensors").exists()
 
 
 def test_every_preset_says_what_it_is_for():
