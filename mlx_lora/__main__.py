@@ -86,7 +86,7 @@ def _completion_parser() -> argparse.ArgumentParser:
         description="Print a script that makes a shell complete commands, options and files.",
         epilog="once, for bash with the package bash-completion, or for zsh:\n"
         "  mlx-lora completion bash > ~/.local/share/bash-completion/completions/mlx-lora\n"
-        "  mlx-lora completion zsh > \"${fpath[1]}/_mlx-lora\"",
+        '  mlx-lora completion zsh > "${fpath[1]}/_mlx-lora"',
     )
     parser.add_argument("shell", choices=SHELLS)
     return parser
@@ -104,7 +104,7 @@ def _completion(shell: str) -> str:
         parser = _completion_parser() if name == "completion" else _module(name)._parser()
         for action in parser._actions:
             if action.choices is None and action.type is None and action.nargs != 0:
-                action.complete = shtab.FILE  # or a name or text, for which nothing is offered
+                setattr(action, "complete", shtab.FILE)  # noqa: B010  (an attribute of shtab's)
         commands.add_parser(name, parents=[parser], add_help=False, help=meaning)
     return shtab.complete(whole, shell)
 

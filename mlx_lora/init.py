@@ -13,7 +13,7 @@ from mlx_lora.errors import InputError, exit_code
 Options = dict[str, tuple[Any, str]]
 
 MODEL = "Qwen/Qwen3-0.6B"
-GOALS = {  # name: what it is for, what a row holds, and the options that follow
+GOALS: dict[str, tuple[str, str, Options]] = {  # name: what it is for, what a row holds, and the options that follow
     "chat": (
         "answer as in these conversations",
         '{"messages": [{"role": "user", "content": "..."},\n {"role": "assistant", "content": "..."}]}',

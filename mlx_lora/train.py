@@ -337,7 +337,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Fine-tune a model with LoRA.",
         epilog="Every option of the config: mlx-lora config-file reference",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of options (mlx-lora init makes one)")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="YAML file of options (mlx-lora init makes one)"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="A.B=VALUE", help="override an option; any number of times"
     )

@@ -114,7 +114,7 @@ def test_bash_completes(tmp_path):
         (["mlx-lora", "train", "--config", "my-"], "my-config.yaml"),
         (["mlx-lora", "export", "--to", "peft", "--dtype", "q8"], "q8_0"),
     ):
-        code = f'{script}\nCOMP_WORDS=({" ".join(words)}); COMP_CWORD={len(words) - 1}\n'
+        code = f"{script}\nCOMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}\n"
         code += '$(complete -p mlx-lora | sed "s/.*-F \\([^ ]*\\).*/\\1/") mlx-lora "${COMP_WORDS[COMP_CWORD]}" ""\n'
         code += 'printf "%s\\n" "${COMPREPLY[@]}"'
         ended = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)

@@ -10,9 +10,7 @@ from packaging.requirements import Requirement
 
 from mlx_lora import doctor
 
-BATTERY = (
-    "Now drawing from '{}'\n -InternalBattery-0 (id=4653155)\t87%; discharging; 3:12 remaining present: true\n"
-)
+BATTERY = "Now drawing from '{}'\n -InternalBattery-0 (id=4653155)\t87%; discharging; 3:12 remaining present: true\n"
 SETTINGS = """System-wide power settings:
 Currently in use:
  standby              1

@@ -5,6 +5,7 @@ import pty
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -25,7 +26,7 @@ def test_every_answer_gives_a_config(tmp_path, goal, model):
     path = tmp_path / "my.yaml"
     path.write_text(init.text(model, "rows # 1.jsonl", goal, 16, "my.yaml"))
     loaded = config_file.load(path)
-    assert loaded.model.path == os.path.expanduser(model)
+    assert loaded.model.path == str(Path(model).expanduser())
     assert (loaded.model.quantize is not None) == (model == "Qwen/Qwen3-14B")
     assert (loaded.data.train, loaded.output_dir) == ("rows # 1.jsonl", "runs/my")
     assert (loaded.train.plan, loaded.train.memory_limit) == ("auto", 10.4)
@@ -93,7 +94,7 @@ def test_faulty_flags_are_named(run_command, flag, value):
 
 
 def test_what_no_config_may_hold_is_refused():
-    with pytest.raises(InputError, match="model.path"):
+    with pytest.raises(InputError, match=r"model\.path"):
         init.text("", "rows.jsonl", "chat", 16)
 
 

@@ -79,7 +79,7 @@ def translate(options: Translation) -> None:
     if ratio:
         low = ratio * options.options["train.learning_rate"][0]
         options.set("train.schedule.min_lr", low, f"{ratio:g} of the rate", "cosine_min_lr_ratio")
-    options.drop({name: "a number of steps here: see --dry-run" for name in ("evals_per_epoch", "saves_per_epoch")})
+    options.drop(dict.fromkeys(("evals_per_epoch", "saves_per_epoch"), "a number of steps here: see --dry-run"))
     hugging_face.steps(options, str(options.take("eval_strategy", "steps") or "no"))
     patience = options.take("early_stopping_patience", None, int)
     if patience and options.options["data.valid"][0] == 0:

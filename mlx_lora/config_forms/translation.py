@@ -7,7 +7,7 @@ from typing import Any
 from mlx_lora import files
 from mlx_lora.errors import InputError
 
-OFF = (None, False, "", "none", "no", [], {})  # what is switched off there needs no counterpart
+OFF: tuple[Any, ...] = (None, False, "", "none", "no", [], {})  # what is switched off there needs no counterpart
 # How other hardware is used: nothing that is learned depends on it.
 HARDWARE = re.compile(
     r"(bf|fp|tf|bfloat|float)\d+|.*(attention|attn|kernel|liger|fsdp|deepspeed|ddp|dataloader|torch_compile|offload"
@@ -51,9 +51,11 @@ class Translation:
         value = self._left.pop(name, None)
         if value is None:
             return default
+        if kind is None:
+            return value
         if kind in (int, float):
             value = _number(value, kind)
-        wrong = kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool))
+        wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
         if wrong or (kind is int and abs(value) > 2**53):
             raise self.fault(name, f"is {KINDS[kind]}, got {_short(value)}")
         return value
@@ -104,7 +106,7 @@ def rows(name: str) -> str:
     return f"hub:{name}" if hub else name
 
 
-def _number(value: Any, kind: type | None) -> Any:
+def _number(value: Any, kind: type) -> Any:
     """The number in a value, which YAML may hold as text (2e-4); a value that is none as it is."""
     try:
         number = float(value)
