@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import random
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ import mlx_lm
 import pytest
 import tiny
 import yaml
+from fuzz import Fuzzer
 from mlx_lm import lora as mlx_lm_lora
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import load_dataset
@@ -590,6 +593,24 @@ def test_faults_are_named_where_they_stand(convert, content, words):
     message = refusal(convert, content)
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_broken_files_are_refused_or_become_configs(convert, tmp_path, number):
+    """Neither a traceback nor a config that cannot be loaded, whatever stands in a file."""
+    draw, fuzzer, ends = random.Random(number), Fuzzer(tmp_path), Counter()
+    theirs = [MLX_LM + SCHEDULE, AXOLOTL_QLORA, json.dumps(UNSLOTH), UNSLOTH_TRAIN, TRL][number]
+    for _ in range(60):
+        tree = yaml.safe_load(theirs)
+        for _ in range(draw.randint(1, 3)):
+            fuzzer.break_tree(tree, draw)
+        try:
+            convert(yaml.safe_dump(tree))
+            ends["accepted"] += 1
+        except InputError as error:
+            assert "theirs.yaml" in str(error), (tree, error)
+            ends["refused"] += 1
+    assert min(ends["accepted"], ends["refused"]) > 5
 
 
 def test_the_command(run_command, tmp_path):
