@@ -604,12 +604,13 @@ def test_broken_files_are_refused_or_become_configs(convert, tmp_path, number):
         tree = yaml.safe_load(theirs)
         for _ in range(draw.randint(1, 3)):
             fuzzer.break_tree(tree, draw)
+        said = ""
         try:
             convert(yaml.safe_dump(tree))
-            ends["accepted"] += 1
         except InputError as error:
-            assert "theirs.yaml" in str(error), (tree, error)
-            ends["refused"] += 1
+            said = str(error)
+        assert "theirs.yaml" in said or not said, (tree, said)
+        ends["refused" if said else "accepted"] += 1
     assert min(ends["accepted"], ends["refused"]) > 5
 
 

@@ -142,7 +142,7 @@ def _train(options: Translation) -> None:
     if batches < 1 or iters < batches:
         raise options.fault("iters", f"{iters} batches with {batches} an update are no update")
     updates = iters // batches
-    options.set("train.epochs", None, "as often as max_steps takes")
+    options.set("train.epochs", None, "until max_steps")
     comment = f"iters: {iters} batches, {batches} an update" if batches > 1 else "iters"
     options.set("train.max_steps", updates, comment, "iters")
     options.set("train.batch_size", _take(options, "batch_size", int), of="batch_size")
