@@ -470,13 +470,15 @@ def test_transformers_defaults_are_its_own():
 
 
 @pytest.mark.slow  # importing TRL takes seconds
-def test_trls_defaults_are_its_own():
+def test_trls_defaults_are_its_own(convert):
     from trl import ModelConfig, SFTConfig
 
     given, cli = ({field.name: field.default for field in dataclasses.fields(one)} for one in (SFTConfig, ModelConfig))
     ours = dict(hugging_face.TOOLS["SFTConfig"])
     assert given["optim"].startswith(ours.pop("optim"))
     assert {name: given[name] for name in ours if name in given} == {name: ours[name] for name in ours if name in given}
+    whole = {name: value for name, value in (given | cli).items() if value is not dataclasses.MISSING}
+    assert "Without a counterpart" not in convert(json.loads(json.dumps(whole | {"use_peft": True}, default=str)))[1]
     ours = hugging_face.TOOLS["trl sft"]
     assert [cli[f"lora_{name}"] for name in ("r", "alpha", "dropout")] == [
         ours[name] for name in ("r", "lora_alpha", "lora_dropout")

@@ -71,6 +71,19 @@ TOOLS: dict[str, dict[str, Any]] = {  # what each takes where nothing is said; P
     | {"r": 64, "learning_rate": 2e-4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     | {"warmup_steps": 5, "weight_decay": 0.01, "seed": 3407},
 }
+USUAL = {  # of TRL, where these values say what is done here
+    "average_tokens_across_devices": True,
+    "bnb_4bit_quant_type": "nf4",
+    "dataset_text_field": "text",
+    "dataset_train_split": "train",
+    "dataset_test_split": "test",
+    "lora_task_type": "CAUSAL_LM",
+    "loss_type": "nll",
+    "packing_strategy": "bfd",
+    "remove_unused_columns": True,
+    "train_sampling_strategy": "random",
+    "truncation_mode": "keep_start",
+}
 SWITCHED = ("megatron_core", "qalora_group_size")  # of PEFT: without a meaning unless something else is switched on
 OPTIMIZER = re.compile(
     r"(?:paged_|flash_|ao_|optimi_)?(adamw|adam|sgd|lion|adafactor)"
@@ -116,6 +129,9 @@ def translate(options: Translation) -> None:
         options.set("data.train", "data/train.jsonl", "the file names no rows: name yours")
         options.set("output_dir", "runs/from-peft", "the file names none: name yours")
         return
+    for name, usual in USUAL.items():
+        if (given := options.take(name)) != usual:
+            options.lose(name, given)
     evaluation = _data(options, defaults)
     train(options, defaults)
     steps(options, evaluation)

@@ -1,6 +1,7 @@
 """Options of another tool, taken one after the other and set as ours; what nobody takes has no counterpart."""
 
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,12 @@ from mlx_lora import files
 from mlx_lora.errors import InputError
 
 OFF: tuple[Any, ...] = (None, False, "", "none", "no", [], {})  # what is switched off there needs no counterpart
-# How other hardware is used: nothing that is learned depends on it.
-HARDWARE = re.compile(
+# Other hardware, logs and uploads: nothing that is learned depends on it.
+AROUND = re.compile(
     r"(bf|fp|tf|bfloat|float)\d+|.*(attention|attn|kernel|liger|fsdp|deepspeed|ddp|dataloader|torch_compile|offload"
     r"|num_proc|device_map).*|torch_empty_cache_steps|local_rank|max_memory|gpu_memory_limit|lora_on_cpu"
-    r"|low_cpu_mem_usage|accelerator_config|gradient_checkpointing_kwargs|dataset_processes|pad_to_.*|padding_free"
+    r"|low_cpu_mem_usage|accelerator_config|gradient_checkpointing_kwargs|dataset_processes|pad_to_.*|padding_free|log_.*|logging_nan.*"
+    r"|hub_.*|per_device_eval_batch_size|eval_do_concat_batches|skip_memory_metrics|length_column_name|project"
 )
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".md", ".gz", ".zst")  # of files of rows
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list", dict: "a group"}
@@ -88,15 +90,16 @@ class Translation:
 
     def finish(self) -> list[str]:
         """The head of the new file: what has no counterpart, the options that nobody took included."""
-        hardware = [name for name, value in self._left.items() if HARDWARE.fullmatch(name) and value not in OFF]
+        around = [name for name, value in self._left.items() if AROUND.fullmatch(name) and value not in OFF]
         for name, value in self._left.items():
-            if name not in hardware:
+            if name not in around:
                 self.lose(name, value)
         lines = [f"Made from {self.path} ({self.form}). What meant something else there is said beside it."]
         if self.lost:
             lines += ["Without a counterpart here:", *(f"  {line}" for line in self.lost)]
-        if hardware:
-            lines += ["About how other hardware is used, not needed here:", f"  {', '.join(hardware)}"]
+        if around:
+            lines.append("About hardware, logs and uploads, not needed here:")
+            lines += [f"  {line}" for line in textwrap.wrap(", ".join(around), 100)]
         return lines
 
 
