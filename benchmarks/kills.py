@@ -118,7 +118,8 @@ def check_equal(run: Path, whole: Path) -> None:
 
 
 def story(run: Path) -> list[tuple[Any, ...]]:
-    return [(event["event"], event["step"], event.get("loss")) for _, event in metrics.events(run / metrics.FILE)]
+    events = [event for _, event in metrics.events(run / metrics.FILE) if event["event"] not in metrics.OF_PROCESS]
+    return [(event["event"], event["step"], event.get("loss")) for event in events]
 
 
 def kill_runs(folder: Path, kills: int, draw: random.Random) -> dict[str, Any]:

@@ -247,7 +247,8 @@ class Train(Options):
 class Eval(Options):
     every: int = Field(200, ge=1, description="steps between evaluations; also at the start and the end")
     early_stopping: int | None = Field(None, ge=1, description="evaluations without a better loss that end the run")
-    samples: list[str] = Field([], description="prompts answered (greedily) at every evaluation")
+    samples: list[str] = Field([], description="prompts that base and adapter answer (greedily) at every evaluation")
+    sample_tokens: int = Field(256, ge=1, description="most tokens of such an answer")
 
 
 class Checkpoint(Options):
@@ -260,6 +261,9 @@ class Checkpoint(Options):
 
 class Log(Options):
     every: int = Field(10, ge=1, description="steps between reports")
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(
+        [], description="where else reports go: tensorboard and wandb, each an extra of this package"
+    )
 
 
 def _model_mapping(value: Any) -> Any:

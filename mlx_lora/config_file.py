@@ -22,6 +22,8 @@ from mlx_lora import files
 from mlx_lora.config import AdamW, Config, Options, Schedule, walk
 from mlx_lora.errors import InputError, exit_code
 
+RUN_CONFIG = "config.yaml"  # in a run's folder
+
 MAX_VALUES = 10_000  # in a config: far more than there are options, far fewer than a chain of aliases makes
 
 

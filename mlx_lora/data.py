@@ -57,6 +57,20 @@ class Dataset:
         """Targets of the loss: the first token of a row has nothing before it and is never one."""
         return sum(int(example.supervised[1:].sum()) for example in self.examples)
 
+    def summary(self) -> dict[str, Any]:
+        """The account as figures, and how many rows have how many tokens: `rows` between each two of `edges`."""
+        rows, edges = np.histogram([example.tokens.size for example in self.examples], min(20, len(self.examples)))
+        return {
+            "read": self.read,
+            "used": len(self.examples),
+            "truncated": len(self.truncated),
+            "skipped": len(self.skipped),
+            "listed": [*self.truncated[:MAX_LISTED], *self.skipped[:MAX_LISTED]],
+            "tokens": self.tokens,
+            "supervised": self.supervised,
+            "lengths": {"edges": edges.tolist(), "rows": rows.tolist()},
+        }
+
     def account(self, name: str) -> list[str]:
         """Lines for a person: what was read, used, truncated and skipped, and where."""
         lines = [

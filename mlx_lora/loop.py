@@ -19,7 +19,7 @@ from mlx_lora.checkpoint import Progress
 from mlx_lora.config import Config
 from mlx_lora.data import Dataset
 from mlx_lora.errors import InputError, Interrupted
-from mlx_lora.model import Base, can_compile
+from mlx_lora.model import Base, can_compile, device
 from mlx_lora.optim import learning_rate, make_optimizer
 from mlx_lora.prefix import PrefixCache
 from mlx_lora.scoring import score
@@ -28,6 +28,7 @@ from mlx_lora.supervisor import before, report_step
 
 MAX_SKIPPED_IN_A_ROW = 10
 LOST_WORK = 60.0  # seconds of training between checkpoints, with checkpoint.every: auto
+SHOWN = 200  # characters of a sample on the console
 SAVE_SHARE = 0.005  # of the time, that saving may take
 
 
@@ -98,11 +99,19 @@ class Run:
         state = step.initial_state()
         if resume_from is not None:
             state, self.best = checkpoint.restore(resume_from, state)
-        self.log.open(self.folder, progress.step)
+        earlier = self.log.open(self.folder, progress.step)
         mx.reset_peak_memory()  # what filled the cache is no need of an update
         try:
+            self.log.start(
+                earlier,
+                progress.step,
+                self.steps,
+                self.config.log.report_to,
+                self.config.model_dump(),
+                **self._facts(),
+            )
+            self._base_answers = base_answers(earlier)
             with _Signals() as signals:
-                self.log.start_bar(progress.step, self.steps)
                 if progress.step == 0:
                     self._evaluate(state.adapter, progress, learning_rate(self.config.train, 0, self.steps))
                 elif self.best is not None:
@@ -110,6 +119,19 @@ class Run:
                 self._steps(step, state, progress, signals)
         finally:
             self.log.close()
+
+    def _facts(self) -> dict[str, Any]:
+        """What a report tells of the run beside its config."""
+        counts = lora.count(self.base.model)
+        return {
+            "steps_per_epoch": self.batches.steps_per_epoch,
+            "padding_efficiency": self.batches.padding_efficiency,
+            "device": device(),
+            "trainable": counts.trainable,
+            "parameters": counts.total,
+            "adapter_bytes": counts.adapter_bytes,
+            "data": {"train": self.train.summary(), "valid": self.valid.summary() if self.valid else None},
+        }
 
     def _prefix_cache(self) -> PrefixCache | None:
         """What the blocks below the lowest adapted one give for every row, where it is worth keeping."""
@@ -163,7 +185,7 @@ class Run:
                 self._evaluate(state.adapter, progress, rate)
                 patience = config.eval.early_stopping
                 if patience is not None and progress.evaluations_since_best >= patience:
-                    self.log.event(
+                    self.log.notice(
                         "early_stop",
                         progress.step,
                         f"no better validation loss in {patience} evaluations: stopping",
@@ -182,6 +204,8 @@ class Run:
                 return
             if stop:
                 assert signals.received is not None
+                stopped = f"stopped by {signal.Signals(signals.received).name} at step {progress.step}"
+                self.log.record("note", progress.step, text=stopped)
                 raise Interrupted(
                     signals.received,
                     f"stopped at step {progress.step} of {self.steps}, everything is saved; "
@@ -234,7 +258,7 @@ class Run:
     def _warn_skipped(self, state: State, progress: Progress, batches: list[Batch], rate: float) -> None:
         progress.skipped_updates += 1
         places = [self.train.examples[row].place for batch in batches for row in batch.rows]
-        self.log.event(
+        self.log.notice(
             "skipped",
             progress.step,
             f"step {progress.step}: the loss or gradient is not finite, update left out; rows {', '.join(places)}",
@@ -251,6 +275,7 @@ class Run:
     def _evaluate(self, adapter: dict[str, mx.array], progress: Progress, rate: float) -> None:
         """Scores the validation rows, keeps the adapter if it is the best so far, and answers the sample prompts."""
         lora.set_parameters(self.base.model, adapter)
+        self.log.doing("evaluating")
         if self.valid_batches is not None:
             result = score(self.base.model, self.valid_batches, self._ahead)
             progress.valid_loss = result.loss
@@ -274,9 +299,21 @@ class Run:
                 best=better,
             )
         for prompt in self.config.eval.samples:
-            tokens = generation.prompt_tokens(self.base.tokenizer, prompt)
-            answer = "".join(generation.stream(self.base.model, self.base.tokenizer, tokens))
-            self.log.event("sample", progress.step, f"  {prompt!r} -> {answer!r}", prompt=prompt, answer=answer)
+            answer = self._answer(prompt)
+            if prompt not in self._base_answers:
+                lora.disable(self.base.model)
+                try:
+                    self._base_answers[prompt] = self._answer(prompt)
+                finally:
+                    lora.enable(self.base.model)
+            base = self._base_answers[prompt]
+            line = f"  {quoted(prompt)}\n    base   {quoted(base)}\n    tuned  {quoted(answer)}"
+            self.log.event("sample", progress.step, line, prompt=prompt, answer=answer, base=base)
+
+    def _answer(self, prompt: str) -> str:
+        """The greedy answer to a prompt."""
+        tokens = generation.prompt_tokens(self.base.tokenizer, prompt)
+        return "".join(generation.stream(self.base.model, self.base.tokenizer, tokens, self.config.eval.sample_tokens))
 
     def _due(self, progress: Progress) -> bool:
         """Whether a checkpoint is to be written; after one that failed, with the next report at the latest."""
@@ -320,7 +357,7 @@ class Run:
 
     def _not_saved(self, progress: Progress, error: InputError) -> None:
         self._unsaved = True
-        self.log.event("not_saved", progress.step, f"warning: {error}; training goes on", reason=str(error))
+        self.log.notice("not_saved", progress.step, f"warning: {error}; training goes on", reason=str(error))
 
     def _keep(self, adapter: dict[str, mx.array], metadata: dict[str, str]) -> None:
         """Puts the adapter where other tools look for it: in the run's folder."""
@@ -364,6 +401,18 @@ def total_steps(config: Config, batches: Batches) -> int:
     if options.epochs is not None:
         limits.append(options.epochs * batches.steps_per_epoch)
     return min(limits)
+
+
+def quoted(text: str) -> str:
+    """A text on one line of the console; the whole is in metrics.jsonl."""
+    shown = repr(text)
+    return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
+
+
+def base_answers(events: list[dict[str, Any]]) -> dict[str, str]:
+    """What the base answered to the sample prompts of a run."""
+    samples = [event for event in events if event["event"] == "sample"]
+    return {event["prompt"]: event["base"] for event in samples if "prompt" in event and "base" in event}
 
 
 class _Signals:

@@ -25,8 +25,10 @@ from mlx_lora import (
     memory,
     metrics,
     model,
+    page,
     planning,
     prefix,
+    trackers,
 )
 from mlx_lora.adapter_files import mlx_form
 from mlx_lora.batches import ORDER, train_batches
@@ -49,6 +51,7 @@ def finetune(
     Returns losses, steps, epochs, tokens and seconds. Raises InputError for bad input, Interrupted after a signal.
     """
     config = _config(config, overrides or [])
+    trackers.check(config.log.report_to)
     folder, log = Path(config.output_dir), metrics.Log()
     with ExitStack() as held:
         locked = resume and _is_folder(folder)
@@ -82,13 +85,25 @@ def _finetune(config: Config, folder: Path, resume: bool, to_lock: ExitStack | N
         if checkpoint.latest(folder)[0] is not None:
             raise InputError(f"output_dir: another run wrote to {folder} meanwhile; choose another folder")
     _write_config(folder, config, base, train, valid)
-    result = Run(config, base, train, valid, contract, log).fit(start)
+    run = Run(config, base, train, valid, contract, log)
+    try:
+        result = run.fit(start)
+    finally:
+        _report(folder, log)
     best = "" if result.best_loss is None else f", best {result.best_loss:.4f} at step {result.best_step}"
     log.say(
         f"done: {result.steps} steps ({result.epochs:.3g} epochs) in {result.seconds:.0f} s, "
         f"loss {result.final_loss:.4f}{best}; adapter in {result.output_dir}"
     )
     return result
+
+
+def _report(folder: Path, log: metrics.Log) -> None:
+    """Writes the run as a page, on which no run depends."""
+    try:
+        page.write(folder / page.FILE, [page.read(folder)])
+    except Exception as error:
+        log.say(f"warning: {folder / page.FILE}: cannot be written ({error}); try python -m mlx_lora.report {folder}")
 
 
 def dry_run(config: Config, log: metrics.Log) -> None:
@@ -135,7 +150,7 @@ def _is_folder(path: Path) -> bool:
 def _start(folder: Path, resume: bool, log: metrics.Log) -> Path | None:
     """The checkpoint to go on from. Raises InputError where a new run would write over an old one."""
     try:
-        taken = [name for name in (adapter_files.RUN_CONFIG, mlx_form.WEIGHTS) if (folder / name).exists()]
+        taken = [name for name in (config_file.RUN_CONFIG, mlx_form.WEIGHTS) if (folder / name).exists()]
         start, complaints = checkpoint.latest(folder)
     except OSError as error:
         raise InputError(f"output_dir: {folder} cannot be used ({error.strerror})") from None
@@ -299,7 +314,7 @@ def _write_config(folder: Path, config: Config, base: Base, train: Dataset, vali
             "train rows": f"{len(train.examples)}, sha256 {train.digest}",
             "valid rows": f"{len(valid.examples)}, sha256 {valid.digest}" if valid else "none",
         }
-        with files.new_file(folder / adapter_files.RUN_CONFIG) as path:
+        with files.new_file(folder / config_file.RUN_CONFIG) as path:
             head = "".join(f"# {name}: {fact}\n" for name, fact in facts.items())
             path.write_text(head + config_file.dump(config), encoding="utf-8")
     except OSError as error:

@@ -63,7 +63,11 @@ ORDER = [
     "live",
     "ollama",
     "checkpoint",
+    "display",
+    "trackers",
     "metrics",
+    "charts",
+    "page",
     "hub",
     "generation",
     "server.protocol",
@@ -85,6 +89,7 @@ COMMANDS = [
     "combine",
     "export",
     "serve",
+    "report",
 ]
 OWNERS = {  # third-party packages that only these modules may import
     "mlx_lm": {"attention", "swiglu", "model", "generation", "lora.layers", "server.worker"},
@@ -106,6 +111,8 @@ OWNERS = {  # third-party packages that only these modules may import
     "yaml": {"config_file"},
     "packaging": {"doctor"},
     "shtab": {"__main__"},
+    "tensorboard": {"trackers"},
+    "wandb": {"trackers"},
 }
 FORBIDDEN = {"pickle", "marshal", "shelve", "torch", "transformers", "requests"}
 

@@ -64,9 +64,11 @@ CHANGES = {  # option: (what else is set in both runs, the change)
         "eval.early_stopping=1",
     ),
     "eval.samples": ([], "eval.samples=[Hello]"),
+    "eval.sample_tokens": (["eval.samples=[Hello]", "eval.sample_tokens=4"], "eval.sample_tokens=3"),
     "checkpoint.every": ([], "checkpoint.every=1"),
     "checkpoint.keep": (["checkpoint.every=1"], "checkpoint.keep=1"),
     "log.every": ([], "log.every=1"),
+    "log.report_to": ([], "log.report_to=[tensorboard]"),
     "output_dir": ([], "output_dir={tmp}/elsewhere"),
     "notes": ([], "notes={author: me}"),
 }
@@ -125,12 +127,13 @@ def observe(tiny_model, tmp_path_factory):
 
 def left(run: Path) -> object:
     volatile = ("time", "seconds", "tokens_per_second", "supervised_tokens_per_second", "peak_memory", "active_memory")
-    events = [json.loads(line) for line in (run / metrics.FILE).read_text().splitlines()]
+    events = [event for _, event in metrics.events(run / metrics.FILE) if event["event"] not in metrics.OF_PROCESS]
     weights = checkpoint.complete(run)[-1] / mlx_form.WEIGHTS
     arrays, metadata = mx.load(str(weights), return_metadata=True)
     return (
         [{key: value for key, value in event.items() if key not in volatile} for event in events],
         [path.name for path in checkpoint.complete(run)],
+        sorted(path.name for path in run.iterdir()),
         (run / mlx_form.SETTINGS).read_text(),
         {key: value for key, value in metadata.items() if key != "saved"},
         {name: hashlib.sha256(bytes(memoryview(array))).hexdigest() for name, array in arrays.items()},

@@ -531,7 +531,8 @@ def test_memory_and_files_stay_bounded_over_2000_steps(options, tmp_path):
     assert len(checkpoint.complete(tmp_path / "run")) == 2
     assert max(map(len, log_of(tmp_path / "run").splitlines())) < 500  # a line per report
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "adapter_config.json", "adapters.safetensors", "checkpoints", "config.yaml", "metrics.jsonl", LOCK,
+        "adapter_config.json", "adapters.safetensors", "checkpoints", "config.yaml", "metrics.jsonl", "report.html",
+        LOCK,
     }  # fmt: skip
 
 

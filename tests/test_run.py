@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
 
-from mlx_lora import adapter_files, checkpoint, config, config_file, finetune, lora, metrics, model
+from mlx_lora import adapter_files, checkpoint, config, config_file, files, finetune, lora, metrics, model
 from mlx_lora.adapter_files import mlx_form
 from mlx_lora.batches import train_batches
 from mlx_lora.data import Example
@@ -74,7 +75,11 @@ def events(run: Path) -> list[dict]:
 
 
 def story(run: Path) -> list[tuple]:
-    return [(event["event"], event["step"], event.get("loss")) for event in events(run)]
+    return [
+        (event["event"], event["step"], event.get("loss"))
+        for event in events(run)
+        if event["event"] not in metrics.OF_PROCESS
+    ]
 
 
 def newest(run: Path) -> Path:
@@ -87,9 +92,8 @@ def newest(run: Path) -> Path:
 def test_a_run_learns_and_leaves_the_folder_of_the_design(options, tmp_path):
     result = finetune(options)
     run = tmp_path / "run"
-    assert sorted(path.name for path in run.iterdir()) == sorted(
-        ["config.yaml", "metrics.jsonl", "adapters.safetensors", "adapter_config.json", "checkpoints", LOCK]
-    )
+    names = ["config.yaml", "metrics.jsonl", "report.html", "adapters.safetensors", "adapter_config.json", "checkpoints"]
+    assert sorted(path.name for path in run.iterdir()) == sorted([*names, LOCK])
     assert [path.name for path in checkpoint.complete(run)] == ["00000004", "00000006", "00000008"]
     assert (result.steps, result.output_dir) == (8, run)
     losses = [event["loss"] for event in events(run) if event["event"] == "eval"]
@@ -147,6 +151,29 @@ def test_evaluating_and_reporting_more_often_changes_nothing_that_is_learned(opt
     assert len(samples) == 9
 
 
+def test_samples_show_the_base_s_answer_beside_the_adapter_s(options, tiny_model, tmp_path):
+    """Both against mlx-lm's own generation, also after a resume, which asks the base no more."""
+    changed = options | {"eval": {"every": 4, "samples": ["A red cat"], "sample_tokens": 12}}
+    finetune(changed)
+    run = tmp_path / "run"
+    shutil.rmtree(newest(run))
+    whole = [event for event in events(run) if event["event"] == "sample"]
+    finetune(changed, resume=True)
+    samples = [event for event in events(run) if event["event"] == "sample"]
+    assert [sample["step"] for sample in samples] == [0, 4, 8]
+    assert [(one["base"], one["answer"]) for one in samples] == [(one["base"], one["answer"]) for one in whole]
+
+    def answer(adapter: str | None) -> str:
+        model, tokenizer = mlx_lm.load(str(tiny_model), adapter_path=adapter)
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": "A red cat"}], add_generation_prompt=True)
+        return mlx_lm.generate(model, tokenizer, prompt, max_tokens=12)
+
+    assert {sample["base"] for sample in samples} == {answer(None)}
+    assert samples[0]["answer"] == answer(None)
+    assert samples[-1]["answer"] == answer(str(newest(run)))
+    assert samples[-1]["answer"] != samples[0]["answer"]
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(options, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         finetune(options, [f"output_dir={tmp_path / name}", f"train.seed={seed}"])
@@ -199,7 +226,6 @@ def test_a_run_without_validation_keeps_the_last_adapter(options):
     ],
 )
 def test_mlx_lm_loads_the_run_folder_with_the_same_logits(options, choice):
-    import mlx_lm
 
     finetune(options | {"lora": options["lora"] | choice})
     prompt = mx.array([[1, 90, 198, 83, 35, 253, 56]])
@@ -431,7 +457,8 @@ def test_a_resume_without_any_good_checkpoint_touches_nothing(options):
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(InputError, match="no checkpoint to go on from is left"):
         finetune(options, resume=True)
-    assert all(path.read_bytes() == content for path, content in before.items() if "checkpoints" not in path.parts)
+    kept = {path: content for path, content in before.items() if "checkpoints" not in path.parts}
+    assert all(path.read_bytes() == content for path, content in kept.items() if path.name != files.LOCK)
 
 
 def test_the_best_adapter_is_that_of_the_steps_that_count(options, start, tmp_path):

@@ -11,7 +11,6 @@ from mlx_lora.config import Model
 from mlx_lora.errors import InputError
 from mlx_lora.lora import Adapter
 
-RUN_CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"  # a run's folder of them
 
 
@@ -58,4 +57,4 @@ def base_of(folder: str | Path) -> Model:
 def run_config(folder: Path) -> Path:
     """The config of the run that an adapter's folder is, or is a checkpoint of."""
     parent = folder.resolve().parent
-    return (parent.parent if parent.name == CHECKPOINTS else folder) / RUN_CONFIG
+    return (parent.parent if parent.name == CHECKPOINTS else folder) / config_file.RUN_CONFIG
