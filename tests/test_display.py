@@ -61,7 +61,7 @@ class Terminal:
         self._resize(self._ours, columns, lines)
         self.screen.resize(lines, columns)
 
-    def wait_for(self, words: str, seconds: float = 120) -> None:
+    def wait_for(self, words: str, seconds: float = 300) -> None:
         end = time.monotonic() + seconds
         while words not in self.text():
             assert time.monotonic() < end, self.text()
@@ -69,7 +69,7 @@ class Terminal:
             time.sleep(0.02)
 
     def end(self) -> int:
-        code = self.process.wait(120)
+        code = self.process.wait(300)
         self._reader.join(10)
         return code
 
