@@ -150,7 +150,7 @@ def _config(case: Case, way: Way) -> Config:
 def _planned(config: Config, network: nn.Module, rows: list[Example]) -> Config:
     """With what the plan chooses for three quarters of what the largest batch takes otherwise."""
     compiled = model.can_compile()
-    needed = planning._try(config.train, network, train_batches(config, rows).largest(), compiled).memory
+    needed = planning.measured(config.train, network, train_batches(config, rows).largest(), compiled).memory
     options, lines = planning.choose(config, network, rows, int(0.75 * needed / planning.SHARE), compiled)
     print(lines[-1], file=sys.stderr)
     return config.model_copy(update={"train": options})

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from mlx_lora import __version__, config_file, metrics, model
@@ -29,6 +30,15 @@ USE = {
 }
 ADAPTERS = ("mlx", "peft", "gguf")
 LIBRARIES = {"mlx": "mlx", "peft": "peft", "merged": "mlx"}  # the others: gguf
+
+
+def fetch_config(options: Model) -> Path:
+    """The folder of a hub id's config.json, which alone is downloaded, once. Raises InputError where it is not had."""
+    try:
+        return Path(huggingface_hub.hf_hub_download(options.path, "config.json", revision=options.revision)).parent
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"model: {options.path} is neither a local path nor available on the hub: {reason}") from None
 
 
 def card(repo: str, form: str, folder: Path, adapter: Adapter, run: Path | None) -> str:

@@ -96,9 +96,9 @@ class Run:
         self.prefix = self._prefix_cache()
         step = Step(model, make_optimizer(options), options, can_compile(), attention, self.prefix, self._ahead)
         self._say_layout(step)
-        state = step.initial_state()
+        states = [step.initial_state()]  # taken from here below: a name for it would keep it during the whole run
         if resume_from is not None:
-            state, self.best = checkpoint.restore(resume_from, state)
+            states[0], self.best = checkpoint.restore(resume_from, states[0])
         earlier = self.log.open(self.folder, progress.step)
         mx.reset_peak_memory()  # what filled the cache is no need of an update
         try:
@@ -113,10 +113,10 @@ class Run:
             self._base_answers = base_answers(earlier)
             with _Signals() as signals:
                 if progress.step == 0:
-                    self._evaluate(state.adapter, progress, learning_rate(self.config.train, 0, self.steps))
+                    self._evaluate(states[0].adapter, progress, learning_rate(self.config.train, 0, self.steps))
                 elif self.best is not None:
                     self._keep(*self.best)  # what stands there may be of steps that are lost
-                self._steps(step, state, progress, signals)
+                self._steps(step, states.pop(), progress, signals)
         finally:
             self.log.close()
 

@@ -70,12 +70,30 @@ def load(options: Model, weights: bool = True, as_stored: bool = False, evaluate
         raise InputError(f"model: {options.path} cannot be loaded: {_words(error)}") from None
     _check_rope(model, config, folder)
     tokenizer = load_tokenizer(folder, config)
-    _set_precision(model, options, config, as_stored)
+    _set_precision(model, options, config, mx.default_device() == mx.cpu, as_stored)
     model.freeze()
     model.eval()
     if weights and evaluated:
         evaluate(model)
     return Base(model, tokenizer, config, folder, _identity(options, folder, weights))
+
+
+def structure(options: Model, folder: Path, on_cpu: bool) -> nn.Module:
+    """The frozen model that a folder's config.json describes: random, unevaluated arrays of the right shapes and types.
+
+    No other file is needed. `on_cpu`: whether it is to compute on a CPU, perhaps another machine's. Raises InputError
+    naming the model and what is wrong with it.
+    """
+    config = _config(folder)
+    try:
+        model, config = _structure(folder, _changes(config, folder))
+    except Exception as error:  # models raise anything at all for a config that does not suit them
+        raise InputError(f"model: {options.path} cannot be loaded: {_words(error)}") from None
+    _check_rope(model, config, folder)
+    _set_precision(model, options, config, on_cpu, False)
+    model.freeze()
+    model.eval()
+    return model
 
 
 def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
@@ -299,13 +317,13 @@ def _words(error: Exception) -> str:
     return f"{text} is missing" if isinstance(error, KeyError) else text or type(error).__name__
 
 
-def _set_precision(model: nn.Module, options: Model, config: dict[str, Any], as_stored: bool) -> None:
+def _set_precision(model: nn.Module, options: Model, config: dict[str, Any], on_cpu: bool, as_stored: bool) -> None:
     """Casts and quantizes, unevaluated."""
     quantized = any(name.endswith(".scales") for name, _ in tree_flatten(model.parameters()))
     quantized = quantized or "quantization" in config or "quantization_config" in config
     if options.quantize and quantized:
         raise InputError(f"model.quantize: {options.path} is quantized already; remove model.quantize")
-    if dtype := compute_type(options, mx.default_device() == mx.cpu, as_stored):
+    if dtype := compute_type(options, on_cpu, as_stored):
         _cast(model, dtype)
     if options.quantize:
         layers = {path: module for path, module in model.named_modules() if hasattr(module, "to_quantized")}

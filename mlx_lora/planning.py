@@ -61,7 +61,7 @@ def choose(
         with prepared(model, config.train) as attention:
             length = train_batches(config, rows).largest().inputs.shape[1]
             attention.require_packed(config.model.path, length)
-    options = _first_that_fits(_candidates(config, model, rows), model, limit, compiled, lines)
+    options = _first_that_fits(candidates(config, model, rows), model, limit, compiled, lines)
     if options is None:
         raise InputError(
             "\n       ".join(
@@ -90,19 +90,19 @@ def require(
     if _first_that_fits(iter(own), model, limit, compiled, lines, valid, room) is not None:
         return lines
     limit = int(0.95 * limit)  # what is measured varies a little, and what fits has to fit again
-    plain = _with(config, **{name: Train.model_fields[name].default for name in PLANNED})
-    fitting = _first_that_fits(_candidates(plain, model, rows), model, limit, compiled, lines, valid)
+    plain = with_options(config, **{name: Train.model_fields[name].default for name in PLANNED})
+    fitting = _first_that_fits(candidates(plain, model, rows), model, limit, compiled, lines, valid)
     cure = "adapt fewer lora.layers, or quantize the base (model.quantize)"
     if fitting is not None:
-        cure = f"set {_settings(fitting)}, which fits"
+        cure = f"set {settings(fitting)}, which fits"
     else:
-        least = _with(config, batch_tokens=1, loss_chunk=16, gradient_checkpointing=True)
+        least = with_options(config, batch_tokens=1, loss_chunk=16, gradient_checkpointing=True)
         length = max(row.tokens.size for row in [*rows, *valid]) // 2
         while length >= min(TOKENS):
             shorter = iter([(least.train, train_batches(least, _cut_rows(rows, length)).largest())])
             short = _cut_rows(valid, length)
             if _first_that_fits(shorter, model, limit, compiled, lines, short) is not None:
-                cure = f"set data.max_seq_length={length}, {_settings(least.train)}, which fits"
+                cure = f"set data.max_seq_length={length}, {settings(least.train)}, which fits"
                 break
             length //= 2
     raise InputError("\n       ".join([*lines, f"train.memory_limit: too little for this run; {cure}"]))
@@ -134,7 +134,7 @@ def _first_that_fits(
         if estimate > (hopeless or limit):
             lines.append(f"plan: {shape}: about {estimate / 1e9:.2f} GB, too much")
             continue
-        need = _try(options, model, batch, compiled)
+        need = measured(options, model, batch, compiled)
         if need.memory > limit:
             lines.append(f"plan: {shape}: {need.memory / 1e9:.2f} GB, too much")
             continue
@@ -143,39 +143,41 @@ def _first_that_fits(
             continue
         lines.append(
             f"plan: {shape}: {need.memory / 1e9:.2f} GB and {need.seconds:.2f} s for the largest batch: chosen; "
-            f"{_settings(options)}"
+            f"{settings(options)}"
         )
         return options
     return None
 
 
-def _settings(options: Train) -> str:
+def settings(options: Train) -> str:
+    """What was chosen, as `--set` takes it."""
     return ", ".join(f"train.{name}={_yaml(getattr(options, name))}" for name in PLANNED)
 
 
-def _candidates(config: Config, model: nn.Module, rows: list[Example]) -> Iterator[tuple[Train, Batch]]:
+def candidates(config: Config, model: nn.Module, rows: list[Example]) -> Iterator[tuple[Train, Batch]]:
     """Options in the order in which they are tried, each with its largest batch: `batch_size` rows, then half as many
     tokens, down to the longest row alone; then the same with more that is recomputed."""
     longest = max(example.tokens.size - 1 for example in rows)
     sizes: list[tuple[int | None, Batch]] = []
     tokens: int | None = None
     while True:
-        batch = train_batches(_with(config, batch_tokens=tokens), rows).largest()
+        batch = train_batches(with_options(config, batch_tokens=tokens), rows).largest()
         if not sizes or batch.mask.shape != sizes[-1][1].mask.shape:
             sizes.append((tokens, batch))
-            yield _with(config, batch_tokens=tokens).train, batch
+            yield with_options(config, batch_tokens=tokens).train, batch
         if tokens == longest or batch.mask.size <= longest:
             break
         tokens = max(longest, batch.mask.size // 2)
     has_mlps = any(name in block for block in model.layers for name in MLP_NAMES)
     for level in ["mlp", True] if has_mlps else [True]:
         for tokens, batch in sizes:
-            yield _with(config, batch_tokens=tokens, gradient_checkpointing=level).train, batch
+            yield with_options(config, batch_tokens=tokens, gradient_checkpointing=level).train, batch
     tokens, batch = sizes[-1]
-    yield _with(config, batch_tokens=tokens, loss_chunk=16, gradient_checkpointing=True).train, batch
+    yield with_options(config, batch_tokens=tokens, loss_chunk=16, gradient_checkpointing=True).train, batch
 
 
-def _with(config: Config, **chosen: Any) -> Config:
+def with_options(config: Config, **chosen: Any) -> Config:
+    """The config with other options of `train`."""
     return config.model_copy(update={"train": config.train.model_copy(update=chosen)})
 
 
@@ -192,10 +194,10 @@ def _line(options: Train, model: nn.Module, batch: Batch, compiled: bool) -> tup
     if width < larger:
         few, more = (max(1, small // width), width), (-(-larger // width), width)
     if more[0] > lines:  # the batch itself is as small
-        return float(_try(options, model, batch, compiled).memory), 0.0
+        return float(measured(options, model, batch, compiled).memory), 0.0
     share = output_of(model).at_once is not None
     short, long = (_cut(batch, *shape, share) for shape in (few, more))
-    first, second = (_try(options, model, part, compiled).memory for part in (short, long))
+    first, second = (measured(options, model, part, compiled).memory for part in (short, long))
     each = max(0.0, (second - first) / (long.mask.size - short.mask.size))
     return max(0.0, first - each * short.mask.size), each
 
@@ -211,7 +213,7 @@ def _cut(batch: Batch, lines: int, width: int, share: bool) -> Batch:
     return replace(batch, **cut, segments=segments, positions=positions)
 
 
-def _try(options: Train, model: nn.Module, batch: Batch, compiled: bool) -> Need:
+def measured(options: Train, model: nn.Module, batch: Batch, compiled: bool) -> Need:
     """Two steps of one batch; the first traces and compiles."""
     gc.collect()  # what an earlier step left in cycles would be freed meanwhile, and not counted
     with prepared(model, options) as attention:

@@ -75,6 +75,7 @@ ORDER = [
     "server.app",
     "server",
     "planning",
+    "footprint",
     "supervisor",
     "loop",
 ]
@@ -83,6 +84,7 @@ COMMANDS = [
     "doctor",
     "init",
     "convert_config",
+    "plan",
     "train",
     "generate",
     "evaluate",

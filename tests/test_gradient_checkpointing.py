@@ -85,6 +85,27 @@ def test_another_checkpointed_block_keeps_its_input_alone():
     assert (peaks[1] - peaks[0]) / 16 < 1.5 * (hidden + adapter)
 
 
+def test_uncompiled_too_only_one_block_keeps_what_was_recomputed():
+    """MLX by itself would leave the gradients of all blocks' adapters for the end."""
+    ids, peaks = tiny.tokens(4, 256), []
+    for blocks in (2, 8):
+        model = adapted(dropout=0.0, num_hidden_layers=blocks, intermediate_size=192, vocab_size=128)
+        checkpoint_blocks(model, True)
+        mx.eval(model.parameters())
+        peaks.append(tiny.peak(lambda model=model: gradients(model, ids)))
+    assert peaks[1] < 1.5 * peaks[0]
+
+
+def test_a_block_without_adapter_between_adapted_ones_is_recomputed_too():
+    kept, recomputed = (tiny.llama(num_hidden_layers=3) for _ in range(2))
+    for model in (kept, recomputed):
+        lora.attach(model, Lora(rank=4, layers=[0, 2]), seed=1)
+        tiny.randomize(model)
+    checkpoint_blocks(recomputed)
+    expected, found = (tiny.copies(gradients(model, tiny.tokens())) for model in (kept, recomputed))
+    tiny.assert_identical(found, expected)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_only_the_parts_of_its_model_that_the_level_names_change(level):
     other, model = adapted(), adapted()

@@ -63,7 +63,7 @@ def test_with_less_memory_batches_get_smaller_and_then_blocks_are_recomputed(mod
         options, lines = planning.choose(config(), model, rows(), available, compiled=True)
         chosen = config().model_copy(update={"train": options})
         batch = train_batches(chosen, rows()).largest()
-        assert planning._try(options, model, batch, compiled=True).memory < available
+        assert planning.measured(options, model, batch, compiled=True).memory < available
         assert len(lines) == 2 or "too much" in lines[1]
         sizes.append(batch.mask.size)
         levels.append(["selective", "mlp", True].index(options.gradient_checkpointing))
@@ -96,7 +96,7 @@ def test_a_large_vocabulary_is_not_taken_for_long_rows(model):
     mx.eval(model.parameters())
     batch = train_batches(config(), rows()).largest()
     fixed, each = planning._line(config().train, model, batch, compiled=False)
-    needed = planning._try(config().train, model, batch, compiled=False).memory
+    needed = planning.measured(config().train, model, batch, compiled=False).memory
     assert 0.5 * needed < fixed + each * batch.mask.size < 1.6 * needed
 
 
@@ -110,7 +110,7 @@ def test_short_rows_are_not_taken_for_large_ones(model, width):
     fixed, each = planning._line(many.train, model, batch, compiled=True)
     for lines in (64, 16):
         part = train_batches(config(batch_size=lines), short).largest()
-        needed = planning._try(many.train, model, part, compiled=True).memory
+        needed = planning.measured(many.train, model, part, compiled=True).memory
         assert 0.5 * needed < fixed + each * lines * batch.mask.shape[1] < 1.6 * needed
 
 

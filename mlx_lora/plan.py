@@ -1,0 +1,296 @@
+"""python -m mlx_lora.plan my.yaml: does it fit? From config.json alone, before any weight is downloaded."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from mlx_lora import config_file, data, hub, lora, memory, model, planning
+from mlx_lora.batches import train_batches
+from mlx_lora.config import PLANNED, Config, Quantize, Train
+from mlx_lora.data import Example, Row
+from mlx_lora.errors import InputError, exit_code
+from mlx_lora.footprint import Footprint, footprint, shapes
+from mlx_lora.planning import with_options
+
+SIZES = (8, 16, 24, 32, 64, 128)  # GB of memory that machines have
+CHARACTERS = 3  # in a token, where there is no tokenizer to ask; in English there are four or more
+SHORTEST = 64  # tokens of a row: shorter ones are no change to suggest
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Into how many bytes a run is to fit, and what makes it fit: nothing needed (""), a change, or nothing (None)."""
+
+    usable: int
+    change: str | None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Of two real updates of the largest batch: seconds of the second one and of an epoch (None where the rows were
+    assumed), the most bytes held, and whether the weights were random."""
+
+    seconds: float
+    epoch_seconds: float | None
+    peak: int
+    random_weights: bool
+
+
+def usable(size: int) -> int:
+    """The bytes that a run may take of a machine's `size` GB: of what macOS lets its GPU have by itself (two thirds,
+    three quarters from 36 GB on) nine tenths, the rest being for freed buffers."""
+    return int(0.9 * size * 2**30 * (2 / 3 if size < 36 else 3 / 4))
+
+
+def read_rows(config: Config, folder: Path) -> tuple[list[Example], str | None]:
+    """The rows to train on, as far as their lengths go, and what had to be assumed of them (None: nothing)."""
+    longest = config.data.max_seq_length
+    if not Path(config.data.train).exists():
+        number = config.train.batch_size * config.train.gradient_accumulation_steps
+        return [
+            _example(longest)
+        ] * number, f"{longest} tokens a row (data.max_seq_length): {config.data.train} is absent"
+    rows = data.load(config.data)[0]
+    if any((folder / name).exists() for name in TOKENIZERS):
+        return data.tokenize(rows, model.load_tokenizer(folder), config.data).examples, None
+    lengths = [max(2, -(-_characters(row) // CHARACTERS)) for row in rows]
+    if config.data.on_overflow == "drop":
+        lengths = [length for length in lengths if length <= longest] or [longest]
+    examples = [_example(min(length, longest)) for length in lengths]
+    return examples, f"{CHARACTERS} characters a token, all supervised: there is no tokenizer"
+
+
+def _example(length: int) -> Example:
+    return Example(np.zeros(length, np.int32), np.ones(length, np.bool_), "")
+
+
+def _characters(row: Row) -> int:
+    """All text of a row."""
+    waiting: list[Any] = [row.content]
+    total = 0
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            total += len(value)
+        elif isinstance(value, (dict, list)):
+            waiting += value.values() if isinstance(value, dict) else value
+    return total
+
+
+def adapted(config: Config, folder: Path, on_cpu: bool) -> nn.Module:
+    """The model with its adapter: shapes and types only."""
+    base = model.structure(config.model, folder, on_cpu)
+    lora.attach(base, config.lora, config.train.seed)
+    return base
+
+
+def ways(config: Config, folder: Path, base: nn.Module, rows: list[Example], on_cpu: bool) -> Iterator[tuple[str, int]]:
+    """Changes of a config, the smallest first, as `--set` takes them, each with the bytes that its run takes: none;
+    what changes no result; 4 bits for the base; then shorter rows, halved again and again."""
+    found, scored = shapes(base), config.data.valid != 0
+    yield "", footprint(found, config.train, train_batches(config, rows).largest(), scored).peak
+    plain = with_options(config, **{name: Train.model_fields[name].default for name in PLANNED})
+    words: list[str] = []
+    for quantize in (False, True):
+        if quantize:
+            if config.model.quantize is not None or any("scales" in module for module in base.modules()):
+                break
+            smaller = config.model.model_copy(update={"quantize": Quantize()})
+            base = adapted(config.model_copy(update={"model": smaller}), folder, on_cpu)
+            found, words = shapes(base), ["model.quantize={bits: 4}"]
+        for options, batch in planning.candidates(plain, base, rows):
+            yield (
+                _said([*words, *_differences(config, options)]),
+                footprint(found, options, batch, scored).peak,
+            )
+    least = with_options(config, batch_tokens=1, loss_chunk=16, gradient_checkpointing=True)
+    length = max(row.tokens.size for row in rows) // 2
+    while length >= SHORTEST:
+        short = [replace(row, tokens=row.tokens[:length], supervised=row.supervised[:length]) for row in rows]
+        peak = footprint(found, least.train, train_batches(least, short).largest(), scored).peak
+        yield _said([*words, f"data.max_seq_length={length}", *_differences(config, least.train)]), peak
+        length //= 2
+
+
+def _differences(config: Config, options: Train) -> list[str]:
+    if config.train.plan == "auto":  # then the run chooses them itself
+        return []
+    names = [name for name in PLANNED if getattr(options, name) != getattr(config.train, name)]
+    return [f"train.{name}={json.dumps(getattr(options, name)).strip(chr(34))}" for name in names]
+
+
+def _said(settings: list[str]) -> str:
+    return ", ".join(settings)
+
+
+def probe(config: Config, folder: Path, base: nn.Module, rows: list[Example], assumed: bool) -> Probe:
+    """Runs two updates of the largest batch, with the model's weights where they are in `folder`, else random ones."""
+    random = not any(folder.glob("model*.safetensors"))
+    if not random:
+        base = model.load(config.model, evaluated=False).model
+        lora.attach(base, config.lora, config.train.seed)
+    model.evaluate(base)
+    batches = train_batches(config, rows)
+    batch = batches.largest()
+    with memory.limits(memory.available()):
+        seconds = planning.measured(config.train, base, batch, model.can_compile()).seconds
+    tokens = sum(row.tokens.size - 1 for row in rows) / batches.padding_efficiency
+    return Probe(
+        seconds, None if assumed else seconds * tokens / batch.mask.size, mx.get_peak_memory(), random_weights=random
+    )
+
+
+def _main() -> None:
+    options = _parser().parse_args()
+    config = config_file.load(options.config, options.set)
+    on_cpu = mx.default_device() == mx.cpu if options.device is None else options.device == "cpu"
+    local = model.is_local(config.model.path)
+    folder = model.resolve(config.model, weights=False) if local else hub.fetch_config(config.model)
+    base = adapted(config, folder, on_cpu)
+    rows, assumption = read_rows(config, folder)
+    batch = train_batches(config, rows).largest()
+    need = footprint(shapes(base), config.train, batch, config.data.valid != 0)
+    changes = list(ways(config, folder, base, rows, on_cpu))
+
+    def fit(limit: int) -> Fit:
+        return Fit(limit, next((change for change, peak in changes if peak <= limit), None))
+
+    limit = config.train.memory_limit
+    room = int(0.9 * memory.available())  # a tenth is for freed buffers
+    here = fit(room if limit is None else min(room, int(limit * 1e9)))
+    fits = {size: fit(usable(size)) for size in SIZES}
+    found = None
+    if options.probe:
+        if need.peak > here.usable:
+            raise InputError(f"--probe: the run does not fit into the {here.usable / 1e9:.2f} GB of this machine")
+        found = probe(config, folder, base, rows, assumption is not None)
+    facts = {
+        "model": config.model.path,
+        "base": model.describe(model.structure(config.model, folder, on_cpu)),
+        "rows": len(rows),
+        "assumed": assumption,
+        "largest_batch": list(batch.mask.shape),
+        "device": "cpu" if on_cpu else "gpu",
+        "compiled": model.can_compile(),
+        "bytes": asdict(need) | {"peak": need.peak},
+        "this_machine": asdict(here),
+        "machines": [{"gigabytes": size} | asdict(fit) for size, fit in fits.items()],
+        "probe": asdict(found) if found else None,
+    }
+    if options.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        _print(config, facts, need, here, fits, found)
+    if here.change != "":
+        sys.exit(1)
+
+
+def _print(
+    config: Config, facts: dict[str, Any], need: Footprint, here: Fit, fits: dict[int, Fit], found: Probe | None
+) -> None:
+    console = Console(highlight=False)
+
+    def say(line: str) -> None:
+        console.print(line, markup=False)
+
+    lines, width = facts["largest_batch"]
+    say(f"{config.model.path}: {facts['base']}")
+    say(f"{facts['rows']} rows; the largest batch is {lines} x {width} tokens")
+    if facts["assumed"]:
+        say(f"assumed: {facts['assumed']}")
+    say("")
+    console.print(_parts(config, need))
+    say("")
+    if config.train.plan == "auto":
+        say("Where that does not fit, train.plan: auto computes less at a time and recomputes more.")
+    say(_verdict("this machine", here))
+    say("")
+    console.print(_machines(fits))
+    say("")
+    say("Can be used: nine tenths of what macOS lets a GPU have of its memory.")
+    if facts["device"] == "cpu":
+        say("Counted for a CPU, where auto means float32; for a Mac's GPU: --device gpu.")
+    else:
+        say("Counted for a GPU as on a CPU, in its types; never measured on one.")
+    if not facts["compiled"]:
+        say("Steps run uncompiled here (no C++ compiler) and take more than this.")
+    if found:
+        weights = "random weights of this shape" if found.random_weights else "the model's weights"
+        epoch = "" if found.epoch_seconds is None else f", about {found.epoch_seconds / 60:.1f} min an epoch"
+        say(
+            f"probe, with {weights}: {found.seconds:.2f} s for the largest batch{epoch}; {found.peak / 1e9:.2f} GB held"
+        )
+
+
+def _parts(config: Config, need: Footprint) -> Table:
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("what is in memory")
+    table.add_column("GB", justify="right")
+    for name, part in (
+        ("weights", need.weights),
+        ("adapter, as it was and as it is" + ", and the best" * (config.data.valid != 0), need.adapter),
+        (f"optimizer ({config.train.optimizer.name})", need.optimizer),
+        ("activations kept for the backward pass", need.kept),
+        ("  for a moment, the largest of: a block's backward pass", need.backward),
+        ("  ... logits, in parts", need.logits),
+        ("  ... the update, when activations are gone", need.update),
+    ):
+        table.add_row(name, f"{part / 1e9:.2f}")
+    table.add_section()
+    table.add_row("peak", f"{need.peak / 1e9:.2f}")
+    return table
+
+
+def _machines(fits: dict[int, Fit]) -> Table:
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("machine", justify="right", no_wrap=True)
+    table.add_column("can be used", justify="right", no_wrap=True)
+    table.add_column("")
+    for size, fit in fits.items():
+        table.add_row(f"{size} GB", f"{fit.usable / 1e9:.1f} GB", _answer(fit))
+    return table
+
+
+def _verdict(name: str, fit: Fit) -> str:
+    return f"{name}, of which {fit.usable / 1e9:.1f} GB can be used: {_answer(fit)}"
+
+
+def _answer(fit: Fit) -> str:
+    if fit.change is None:
+        return "does not fit: adapt fewer lora.layers, or choose a smaller model"
+    return f"fits with {fit.change}" if fit.change else "fits"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mlx_lora.plan",
+        description="Say whether a run fits in memory, from the model's config.json alone, before any download.",
+        epilog="Exit code: 0 it fits this machine, 1 it does not, 2 bad input.",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of options")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override an option")
+    parser.add_argument(
+        "--device", choices=["cpu", "gpu"], help="where it is to run: by it model.dtype auto is chosen; default: here"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, in bytes and seconds")
+    parser.add_argument(
+        "--probe",
+        action="store_true",
+        help="time two real updates, with the weights where they are here, else with random ones of their shape",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(_main))
