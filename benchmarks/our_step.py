@@ -1,5 +1,6 @@
 """Our training step on a case, made as the training loop makes it (without its cache of the frozen blocks)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class Training:
         return outcome
 
 
-def start(case: Case, network: nn.Module, rows: list[Example], loss_chunk: int | None = None) -> Training:
+def start(case: Case, network: nn.Module, rows: Sequence[Example], loss_chunk: int | None = None) -> Training:
     """Attaches the case's adapter to a network; everything is evaluated."""
     options = _options(case, loss_chunk=loss_chunk)
     lora.attach(network, options.lora)
@@ -47,7 +48,7 @@ def start(case: Case, network: nn.Module, rows: list[Example], loss_chunk: int |
     return Training(network, options, batches, step, step.initial_state())
 
 
-def load(case: Case, folder: Path, dtype: str) -> tuple[nn.Module, list[Example]]:
+def load(case: Case, folder: Path, dtype: str) -> tuple[nn.Module, Sequence[Example]]:
     """The case's model and training rows, both through files that are written into `folder`."""
     path = write_model(case, folder / "model", dtype)
     file, _ = write_rows(case, folder / "rows")

@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -147,7 +147,7 @@ def _config(case: Case, way: Way) -> Config:
     )
 
 
-def _planned(config: Config, network: nn.Module, rows: list[Example]) -> Config:
+def _planned(config: Config, network: nn.Module, rows: Sequence[Example]) -> Config:
     """With what the plan chooses for three quarters of what the largest batch takes otherwise."""
     compiled = model.can_compile()
     needed = planning.measured(config.train, network, train_batches(config, rows).largest(), compiled).memory

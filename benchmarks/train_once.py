@@ -129,7 +129,7 @@ def ours(spec: dict[str, Any], watch: Watch) -> None:
     from mlx_lora.prefix import PrefixCache
     from mlx_lora.step import Step
 
-    load, tokenize, step, fill = model.load, data.tokenize, Step.__call__, PrefixCache.__init__
+    load, load_rows, step, fill = model.load, data.load, Step.__call__, PrefixCache.__init__
     examples: list[data.Example] = []
 
     def watched_load(*arguments: Any, **options: Any) -> Any:
@@ -137,10 +137,10 @@ def ours(spec: dict[str, Any], watch: Watch) -> None:
         watch.loaded()
         return base
 
-    def watched_tokenize(*arguments: Any, **options: Any) -> data.Dataset:
-        dataset = tokenize(*arguments, **options)
-        examples.extend(dataset.examples)
-        return dataset
+    def watched_rows(*arguments: Any, **options: Any) -> tuple[data.Dataset, data.Dataset | None]:
+        train, valid = load_rows(*arguments, **options)
+        examples.extend(train.examples)
+        return train, valid
 
     def watched_step(self: Step, state: Any, batches: list[Any], *rest: Any, **options: Any) -> Any:
         for batch in batches:
@@ -166,7 +166,7 @@ def ours(spec: dict[str, Any], watch: Watch) -> None:
     if spec["same_batches"]:
         Batches._epoch = mlx_lms_epoch  # type: ignore[method-assign]
     PrefixCache.__init__ = watched_fill  # type: ignore[method-assign]
-    model.load, data.tokenize, Step.__call__ = watched_load, watched_tokenize, watched_step  # type: ignore[method-assign]
+    model.load, data.load, Step.__call__ = watched_load, watched_rows, watched_step  # type: ignore[method-assign]
     config = {
         "model": spec["model"],
         "data": {"train": spec["train"], "valid": 0, "max_seq_length": spec["max_seq_length"]},

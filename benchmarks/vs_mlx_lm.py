@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -144,7 +145,7 @@ def _run(side: str, spec: dict[str, Any], scratch: Path) -> dict[str, Any]:
     }
 
 
-def _judge(base: Path, held_out: Path, adapter: Path) -> tuple[nn.Module, list[data.Example]]:
+def _judge(base: Path, held_out: Path, adapter: Path) -> tuple[nn.Module, Sequence[data.Example]]:
     """mlx-lm's model with its own adapted layers, in float32, and the rows to score."""
     network, tokenizer = mlx_lm.load(str(base))[:2]
     network.set_dtype(mx.float32)
@@ -156,7 +157,7 @@ def _judge(base: Path, held_out: Path, adapter: Path) -> tuple[nn.Module, list[d
     return network, data.tokenize(data.read(held_out), tokenizer, options).examples
 
 
-def _loss(network: nn.Module, rows: list[data.Example]) -> float | None:
+def _loss(network: nn.Module, rows: Sequence[data.Example]) -> float | None:
     """Nats per supervised token; None without rows."""
     total, count = 0.0, 0
     for row in rows:

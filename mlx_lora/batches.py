@@ -6,7 +6,7 @@ that it takes, never its result. Padding is on the right and never supervised.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -15,7 +15,7 @@ from itertools import chain, islice
 import numpy as np
 
 from mlx_lora.config import Config
-from mlx_lora.data import Example
+from mlx_lora.data import Example, sizes
 
 MAX_SHAPES = 16
 WINDOW = 128  # batches that are sorted together,
@@ -73,7 +73,7 @@ class Batches:
 
     def __init__(
         self,
-        examples: list[Example],
+        examples: Sequence[Example],
         batch_size: int,
         seed: int,
         accumulate: int = 1,
@@ -86,8 +86,7 @@ class Batches:
         self.batch_tokens = batch_tokens
         self.packing = packing
         self.seed = seed
-        self._lengths = np.array([example.tokens.size - 1 for example in examples])
-        self._supervised = np.array([int(example.supervised[1:].sum()) for example in examples])
+        self._lengths, self._supervised = sizes(examples)
         self.epoch = lru_cache(maxsize=2)(self._epoch)  # a step needs its epoch's order again and again
         self._shapes = self._choose_shapes()
 
@@ -301,13 +300,13 @@ class Batches:
         )
 
 
-def valid_batches(config: Config, examples: list[Example]) -> Batches:
+def valid_batches(config: Config, examples: Sequence[Example]) -> Batches:
     """The batches that a run is scored on."""
     options = config.train
     return Batches(examples, options.batch_size, 0, batch_tokens=options.batch_tokens)
 
 
-def train_batches(config: Config, examples: list[Example]) -> Batches:
+def train_batches(config: Config, examples: Sequence[Example]) -> Batches:
     """The batches that a run trains on."""
     options = config.train
     return Batches(

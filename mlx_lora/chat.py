@@ -1,5 +1,11 @@
 """Conversations, as the model's chat template writes them: their tokens, and which of these the model is to learn."""
 
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mlx_lora.errors import InputError
@@ -7,53 +13,248 @@ from mlx_lora.time_limit import TookTooLong, time_limit
 
 RENDER_SECONDS = 5  # some 10,000 times what a conversation takes
 
+MARK = re.compile("\ufdd0(\\d+)([<>])\ufdd1")  # noncharacters, which no text holds: content NUMBER begins or ends here
+EMPTY_THOUGHT = re.compile(r"(\s|</?think>)*")
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message, which transformers takes for the same
+
+
+def configure(tokenizer: Any, template: str | None, settings: Mapping[str, Any]) -> None:
+    """From here on, `tokenizer` (mlx-lm's wrapper) writes conversations with this chat template (None: its own) and
+    tells it these settings: they become a part of its text, which exports carry too.
+
+    Raises InputError where the template cannot be read, or there is none to tell anything.
+    """
+    if template is None and not settings:
+        return
+    if getattr(tokenizer, "_chat_template", None) is not None:
+        raise InputError("model.chat_template: mlx-lm writes this model's conversations with code; remove it")
+    text = tokenizer.chat_template if template is None else template_text(template)
+    if text is None:
+        raise InputError("model.template_kwargs: the model has no chat template; give one as model.chat_template")
+    opening = "".join(f"{{% set {name} = {value!r} %}}" for name, value in settings.items())
+    if isinstance(text, dict):  # some models have a template for tools apart
+        tokenizer.chat_template = {name: opening + each for name, each in text.items()}
+    else:
+        tokenizer.chat_template = opening + text
+
+
+def template_text(template: str) -> str:
+    """The Jinja text of `model.chat_template`: itself, or what the file that it names holds."""
+    if "{" in template:
+        return template
+    try:
+        return Path(template).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"model.chat_template: {template} cannot be read ({reason})") from None
+
 
 def tokenize(row: dict[str, Any], tokenizer: Any, loss_on: str) -> tuple[list[int], list[bool]]:
     """The tokens of a row's ``messages``, and which of them are supervised.
 
     Supervised is exactly what the model has to write itself: each answer (`loss_on` assistant) or the last one (last),
-    from the prompt for it to its end-of-turn token, that token included; or everything (all).
+    from the prompt for it to its end-of-turn token, that token included; or everything (all). An answer with ``train``
+    false or ``weight`` 0 is left out. Raises InputError where the template does not let an answer be told from the
+    rest.
     """
-    messages, tools = _checked(row), row.get("tools")
+    messages, learned = _checked(row)
+    tools = row.get("tools")
     text = render(messages, tokenizer, tools)
     check_tools(messages, tools, tokenizer, text)
+    _check_reasoning(messages, tools, tokenizer, text)
     encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-    tokens, offsets = list(encoding.ids), encoding.offsets
+    tokens, starts = list(encoding.ids), [start for start, _ in encoding.offsets]
+    rendered = _Rendered(messages, tools, tokenizer, text, tokens, starts)
     if loss_on == "all":
+        if not all(learned):
+            raise InputError(f"message {learned.index(False) + 1} is not to be trained on, but data.loss_on is all")
         return tokens, [True] * len(tokens)
-    supervised = [False] * len(tokens)
     answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    for number in answers[-1:] if loss_on == "last" else answers:
-        if not messages[number].get("content") and not messages[number].get("tool_calls"):
-            continue
-        prompt = render(messages[:number], tokenizer, tools, add_generation_prompt=True)
-        if not text.startswith(prompt):
-            raise InputError(
-                f"the chat template renders what comes before message {number + 1} differently once the answer is "
-                "there, so the answer cannot be told from its prompt; use data.loss_on: all"
-            )
-        turn = render(messages[: number + 1], tokenizer, tools)
-        whole_turn = text.startswith(turn) and len(turn) > len(prompt)
-        end = len(turn) if whole_turn else len(text)
-        span = [place for place, (start, _) in enumerate(offsets) if len(prompt) <= start < end]
-        last = _end_of_turn([tokens[place] for place in span], whole_turn, tokenizer)
-        if last is None and not whole_turn:
-            raise InputError(
-                f"the chat template ends message {number + 1} in a way that cannot be told from what follows; "
-                "use data.loss_on: last"
-            )
-        for place in span if last is None else span[: last + 1]:
+    answers = answers[-1:] if loss_on == "last" else answers
+    answers = [number for number in answers if learned[number] and _says_something(messages[number])]
+    supervised = [False] * len(tokens)
+    for number in answers:
+        for place in rendered.answer(number):
             supervised[place] = True
     return tokens, supervised
 
 
-def _end_of_turn(answer: list[int], whole_turn: bool, tokenizer: Any) -> int | None:
-    """Where an answer's tokens end: at the first stop token, else (where `answer` is known to hold no more than the
-    turn) at the last special token; None without either."""
-    stops = [place for place, token in enumerate(answer) if token in tokenizer.eos_token_ids]
-    added = tokenizer.added_tokens_decoder
-    special = [place for place, token in enumerate(answer) if token in added and added[token].special]
-    return stops[0] if stops else special[-1] if special and whole_turn else None
+def _says_something(message: dict[str, Any]) -> bool:
+    return bool((message.get("content") or "").strip() or message.get("tool_calls"))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the text holds a message's content, without the spaces around it: from ``begin`` (None: the template takes
+    its first part elsewhere, as it does with thoughts) to ``end``."""
+
+    begin: int | None
+    end: int
+
+
+class _Rendered:
+    """A conversation and the text that the template makes of it: which of its tokens are an answer.
+
+    No template has to write a beginning of the conversation as it writes the whole: contents are followed through it by
+    marks, and what comes between the last content and an answer is compared with the prompt for that answer.
+    """
+
+    def __init__(
+        self,
+        messages: list[dict[str, Any]],
+        tools: Any,
+        tokenizer: Any,
+        text: str,
+        tokens: list[int],
+        starts: list[int],  # in the text, of each token
+    ) -> None:
+        self.messages = messages
+        self.tools = tools
+        self.tokenizer = tokenizer
+        self.text = text
+        self.tokens = tokens
+        self.starts = starts
+        self.places = self._places()
+
+    def answer(self, number: int) -> range:
+        """The tokens of an answer, from its prompt to its end of turn."""
+        begin = self._begin(number)
+        first = bisect_left(self.starts, begin)
+        return range(first, self._last(number, first, begin) + 1)
+
+    def _places(self) -> dict[int, _Place] | None:
+        """Where each content stands in the text; None where the template writes marked contents otherwise."""
+        for roles in (None, ("assistant",)):  # some look into the contents of others
+            try:
+                marked = self._render(_marked(self.messages, roles))
+            except InputError:
+                continue
+            if MARK.sub("", marked) == self.text:
+                self._check_contents(marked, roles)
+                return _found(marked)
+        return None
+
+    def _check_contents(self, marked: str, roles: tuple[str, ...] | None) -> None:
+        """Raises InputError for a message whose content the template leaves out, such as a system prompt that it has no
+        place for: nothing that is given may be ignored."""
+        for number, message in enumerate(self.messages):
+            given = (message.get("content") or "").strip() and (roles is None or message["role"] in roles)
+            if given and _mark(number, ">") not in marked:
+                raise InputError(
+                    f"the chat template leaves out the content of message {number + 1} ({message['role']}); take it "
+                    "out, or use another model.chat_template"
+                )
+
+    def _begin(self, number: int) -> int:
+        """Where, in the text, what the model has to write begins."""
+        place, message = (self.places or {}).get(number), self.messages[number]
+        content = (message.get("content") or "").strip()
+        lost = place is None if self.places is not None else content not in self.text
+        if content and lost and not message.get("tool_calls"):  # calls may stand alone
+            raise InputError(
+                f"the chat template changes the content of message {number + 1}, leaves it out or repeats it"
+            )
+        if number == 0:
+            raise InputError("message 1 is an answer to nothing; begin with a user message, or set its train to false")
+        before = (self.places or {}).get(number - 1)
+        after = before.end if before else 0
+        until = len(self.text) if place is None else place.end if place.begin is None else place.begin
+        prompt = self._render(self.messages[:number], add_generation_prompt=True)
+        if self.text.startswith(prompt) and after <= len(prompt) <= until:
+            return len(prompt)
+        # The template writes what came before otherwise: only what follows the last content has to be the same.
+        if before is not None:
+            marked = self._render(_marked(self.messages[:number], None), add_generation_prompt=True)
+            _, mark, opening = marked.rpartition(_mark(number - 1, ">"))
+            if mark and self.text.startswith(opening, after) and after + len(opening) <= until:
+                return after + len(opening)
+            # A prompt may open more than the conversation holds, such as a thought, or an empty one otherwise.
+            if mark and place and place.begin is not None:
+                written = self.text[after : place.begin]
+                agreed = _common(opening, written)
+                if agreed == len(written) or EMPTY_THOUGHT.fullmatch(written[agreed:] + opening[agreed:]):
+                    return max(after, place.begin)
+        raise InputError(
+            f"the chat template renders what comes before message {number + 1} differently once the answer is there, "
+            "so the answer cannot be told from its prompt; use data.loss_on: all, or another model.chat_template"
+        )
+
+    def _last(self, number: int, first: int, begin: int) -> int:
+        """The last token of an answer: the first stop token after its content, else the special token that ends its
+        turn, else the last of the turn."""
+        place = (self.places or {}).get(number)
+        later = [
+            other.begin
+            for index, other in (self.places or {}).items()
+            if index > number and other.begin is not None and other.begin >= begin
+        ]
+        if later or number + 1 == len(self.messages):
+            limit = min(later, default=len(self.text))
+        else:
+            limit = self._turn(number) or 0
+        since = begin if place is None else place.end
+        after = range(max(first, bisect_left(self.starts, since)), bisect_left(self.starts, limit))
+        if stops := [index for index in after if self.tokens[index] in self.tokenizer.eos_token_ids]:
+            return stops[0]
+        turn = self._turn(number)
+        known = self.tokenizer.added_tokens_decoder.items()
+        controls = {token for token, added in known if added.special}
+        special = [i for i in after if self.tokens[i] in controls and self.starts[i] < (turn or limit)]
+        if special and place is not None and not self.messages[number].get("tool_calls"):
+            return special[0]
+        if turn is not None:
+            return special[-1] if special else sum(start < turn for start in self.starts) - 1
+        raise InputError(
+            f"the chat template ends message {number + 1} in a way that cannot be told from what follows; "
+            "use data.loss_on: last, or another model.chat_template"
+        )
+
+    def _turn(self, number: int) -> int | None:
+        """Where an answer's turn ends, if the template writes the conversation up to it as it does in the whole."""
+        turn = self._render(self.messages[: number + 1])
+        return len(turn) if self.text.startswith(turn) else None
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+        return render(messages, self.tokenizer, self.tools, add_generation_prompt)
+
+
+def _common(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    return next(
+        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
+
+
+def _mark(number: int, side: str) -> str:
+    return f"\ufdd0{number}{side}\ufdd1"
+
+
+def _marked(messages: list[dict[str, Any]], roles: tuple[str, ...] | None) -> list[dict[str, Any]]:
+    """The messages (of some roles, or all) with marks around each content, inside the spaces that templates trim."""
+    marked = []
+    for number, message in enumerate(messages):
+        content = message.get("content") or ""
+        if (core := content.strip()) and (roles is None or message["role"] in roles):
+            before, _, after = content.partition(core)
+            content = f"{before}{_mark(number, '<')}{core}{_mark(number, '>')}{after}"
+            message = message | {"content": content}
+        marked.append(message)
+    return marked
+
+
+def _found(marked: str) -> dict[int, _Place]:
+    """The places of the marked contents in the text without marks; of one that stands there several times, none."""
+    begins: dict[int, list[int]] = {}
+    ends: dict[int, list[int]] = {}
+    removed = 0
+    for mark in MARK.finditer(marked):
+        (begins if mark[2] == "<" else ends).setdefault(int(mark[1]), []).append(mark.start() - removed)
+        removed += len(mark[0])
+    return {
+        number: _Place(begins[number][0] if len(begins.get(number, [])) == 1 else None, found[0])
+        for number, found in ends.items()
+        if len(found) == 1
+    }
 
 
 def check_tools(messages: list[dict[str, Any]], tools: Any, tokenizer: Any, text: str) -> None:
@@ -66,6 +267,21 @@ def check_tools(messages: list[dict[str, Any]], tools: Any, tokenizer: Any, text
             raise InputError(
                 "the model's chat template leaves out tool_calls; use another model, or write them as content"
             )
+
+
+def _check_reasoning(messages: list[dict[str, Any]], tools: Any, tokenizer: Any, text: str) -> None:
+    """Raises InputError where the chat template leaves out the reasoning before the last answer. That before earlier
+    ones is left out by most, since the model does not see it then."""
+    *before, last = messages
+    if last["role"] != "assistant":
+        return
+    without = {key: value for key, value in last.items() if key not in REASONING}
+    left_out = any(last.get(key) for key in REASONING) and render([*before, without], tokenizer, tools) == text
+    if left_out or ("</think>" in (last.get("content") or "") and "</think>" not in text):
+        raise InputError(
+            "the model's chat template leaves out the reasoning of the last answer; set data.reasoning: drop, or use "
+            "another model.chat_template"
+        )
 
 
 def render(
@@ -85,16 +301,48 @@ def render(
         raise InputError(f"the chat template refuses it: {error}") from None
 
 
-def _checked(row: dict[str, Any]) -> list[dict[str, Any]]:
+def _checked(row: dict[str, Any]) -> tuple[list[dict[str, Any]], list[bool]]:
+    """The messages as templates read them, without ``train`` and ``weight``, and which of them these keys leave to be
+    learned."""
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         raise InputError("messages is not a list of messages")
+    found, learned = [], []
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise InputError(f"message {number} has no role")
-        content = message.get("content")
-        if content is None and message.get("tool_calls"):
-            continue
-        if not isinstance(content, str):
+        learned.append(_learned(number, message))
+        message = {key: value for key, value in message.items() if key not in ("train", "weight")}
+        calls = message.get("tool_calls")
+        if isinstance(message.get("content"), str):
+            pass
+        elif not calls or message.get("content") is not None:
             raise InputError(f"message {number} ({message['role']}) has no text content")
-    return messages
+        if isinstance(calls, list):
+            message["tool_calls"] = [_with_arguments(call) for call in calls]
+        found.append(message)
+    return found, learned
+
+
+def _learned(number: int, message: dict[str, Any]) -> bool:
+    """Whether an answer is to be learned, as its ``train`` (true or false) or ``weight`` (0 or 1) says."""
+    train, weight = message.get("train"), message.get("weight")
+    if train is not None and not isinstance(train, bool):
+        raise InputError(f"message {number}: train is not true or false")
+    if weight is not None and weight not in (0, 1):
+        raise InputError(f"message {number}: weight is not 0 or 1")
+    if message["role"] != "assistant" and (train or weight):
+        raise InputError(f"message {number} ({message['role']}) cannot be trained on: only assistant messages are")
+    return message["role"] != "assistant" or not (train is False or weight == 0)
+
+
+def _with_arguments(call: Any) -> Any:
+    """A tool call whose arguments are an object, as templates read them, and not the JSON text that OpenAI sends."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return call | {"function": function | {"arguments": arguments}} if isinstance(arguments, dict) else call

@@ -18,6 +18,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    JsonValue,
     Tag,
     field_validator,
     model_validator,
@@ -48,27 +49,80 @@ class Model(Options):
         "where the base is quantized on load",
     )
     quantize: Quantize | None = Field(None, description="quantize the base on load: {bits, group_size}")
+    chat_template: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="in the place of the model's own: a file, or the Jinja text itself"
+    )
+    template_kwargs: dict[str, JsonValue] = Field(
+        {}, description="what the chat template is told besides, such as {enable_thinking: false}"
+    )
+
+    @field_validator("template_kwargs")
+    @classmethod
+    def _names(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        for name in value:
+            if not name.isidentifier():
+                raise ValueError(f"{name!r} is not a name that a template can use")
+        return value
+
+
+# The keys of rows, as data.format describes them.
+Column = Literal[
+    "messages", "tools", "prompt", "completion", "text", "instruction", "input", "output", "conversations", "system"
+]
+
+
+class Source(Options):
+    path: Name = Field(description="as data.train")
+    weight: float = Field(1.0, gt=0, le=1000, description="how often a row is seen in an epoch")
 
 
 class Data(Options):
-    train: Name = Field(description="JSONL or JSON file of rows")
-    valid: Name | Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.05, description="a file, or the fraction of train held out by a hash of each row; 0: none"
+    train: Name | Annotated[list[Name | Source], Field(min_length=1)] = Field(
+        description="rows: a file, a folder of files, hub:OWNER/NAME[@CONFIG][:SPLIT], or a list of these, with "
+        "weights (times a row is seen in an epoch) if you like: [a.jsonl, {path: b.csv, weight: 0.5}]"
     )
-    format: Literal["auto", "messages", "completion", "text"] = Field(
-        "auto", description="what a row holds: messages | completion (prompt, completion) | text; auto: seen per row"
+    valid: Name | Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.05, description="file, folder or hub:..., or the fraction of train held out by a hash of each row; 0: none"
+    )
+    format: Literal["auto", "messages", "completion", "text", "alpaca", "sharegpt"] = Field(
+        "auto",
+        description="what a row holds: messages | completion (prompt, completion) | text | alpaca (instruction, input, "
+        "output) | sharegpt (conversations) | auto: seen by its keys, one form in a file",
+    )
+    columns: dict[Column, str] = Field(
+        {}, description="keys or columns of other names: {prompt: question, completion: answer}"
+    )
+    reasoning: Literal["keep", "drop"] = Field(
+        "keep",
+        description="an answer's reasoning (reasoning_content, or a think tag): keep (written where the chat template "
+        "does) | drop",
     )
     loss_on: Literal["assistant", "last", "completion", "all"] = Field(
         "assistant",
         description="what is learned: assistant (every answer) | last (the last answer) | completion | all tokens",
     )
     max_seq_length: int = Field(2048, ge=2, description="longest row, in tokens")
-    on_overflow: Literal["truncate", "drop", "error"] = Field(
-        "truncate", description="what happens to longer rows: truncate | drop | error"
+    on_overflow: Literal["truncate", "split", "drop", "error"] = Field(
+        "truncate", description="what happens to longer rows: truncate | split (text only: into pieces) | drop | error"
     )
     packing: bool = Field(
         False, description="lay the rows of a batch end to end, each seeing only itself: for very short rows"
     )
+
+    @property
+    def sources(self) -> list[Source]:
+        """What `train` names, each with its weight."""
+        given = self.train if isinstance(self.train, list) else [self.train]
+        return [source if isinstance(source, Source) else Source(path=source) for source in given]
+
+    @property
+    def train_paths(self) -> list[str]:
+        return [source.path for source in self.sources]
+
+    @property
+    def valid_paths(self) -> list[str]:
+        """Where validation rows come from."""
+        return [self.valid] if isinstance(self.valid, str) else self.train_paths
 
 
 class Lora(Options):

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,16 +36,17 @@ def _main() -> None:
     console = Console(highlight=False)
     for note in model.prepare_device():
         console.print(note)
-    rows = data.read(options.data) if options.data else data.load(config.data)[1]
-    if not rows:
+    if options.data:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"valid": options.data})})
+    if config.data.valid == 0:
         raise InputError("this run holds out no rows (data.valid: 0); name a file with --data")
+    data.check(config.data, config.data.valid_paths)
     base = model.load(config.model)
-    dataset = data.tokenize(rows, base.tokenizer, config.data)
+    dataset = data.held_out(config.data, base.tokenizer, console.print)
     for line in dataset.account("rows"):
         console.print(line, markup=False, soft_wrap=True)
     batches = valid_batches(config, dataset.examples)
-    used = {example.place for example in dataset.examples}
-    rows = [row for row in rows if row.place in used]
+    rows = data.used_rows(dataset, config.data.valid_paths, config.data)
     questions = _questions(rows, base.tokenizer, config.data, options.answers) if options.answers else []
 
     adapter_files.load(base.model, options.adapter)
@@ -62,11 +64,13 @@ def _main() -> None:
         console.print(_side_by_side(questions[: options.show], answers))
 
 
-def _questions(rows: list[Row], tokenizer: Any, config: Data, limit: int) -> list[Question]:
+def _questions(rows: Iterable[Row], tokenizer: Any, config: Data, limit: int) -> list[Question]:
     """The last answers of the first `limit` rows that have one."""
     questions: list[Question] = []
     for row in rows:
-        found = data.last_answer(row.content, config) if len(questions) < limit else None
+        if len(questions) == limit:
+            break
+        found = data.last_answer(row.content, config)
         if found is not None:
             messages, answer = found
             text = messages[-1].get("content") or ""

@@ -101,7 +101,8 @@ def _write_gguf(
     chosen = _known(base)
     source = model.gguf_file(chosen)
     # Of a GGUF file the file's own weights are taken, however training cast them.
-    loaded = _loaded(Model(path=chosen.path) if source else chosen, adapter, options)
+    stored = chosen.model_copy(update={"dtype": "auto", "quantize": None})
+    loaded = _loaded(stored if source else chosen, adapter, options)
     if options.with_adapter:
         name, apart = "base.gguf", "adapter.gguf"
         lines = gguf_form.write(folder / apart, adapter, _config(adapter, base, options), dtype)
@@ -110,6 +111,8 @@ def _write_gguf(
         name, apart, lines = f"model-{dtype}.gguf", None, []
         lora.attach_adapter(loaded.model, adapter)
     lines += gguf_model.write(folder / name, loaded, source, dtype)
+    if source and loaded.other_template:
+        lines.append(f"{name} keeps the chat template of its base, not the one of training (model.chat_template)")
     if form == "ollama":
         text, notes = ollama.modelfile(name, apart, loaded.tokenizer)
         (folder / "Modelfile").write_text(text, encoding="utf-8")

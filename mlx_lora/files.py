@@ -19,6 +19,14 @@ TEMPORARY = ".tmp-"
 LOCK = ".lock"
 
 
+def cache_folder(name: str) -> Path:
+    """The folder of that name in ``$MLX_LORA_CACHE``, else in the user's cache; it need not exist."""
+    root = os.environ.get("MLX_LORA_CACHE")
+    return (
+        Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_lora"
+    ) / name
+
+
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Turns what goes wrong in writing (a full disk, no permission, a vanished volume) into an InputError."""

@@ -100,7 +100,7 @@ def _base(options: argparse.Namespace, sources: list[Source]) -> Model:
 
 def _words(base: Model) -> str:
     """A base's settings, those that are not the default."""
-    return ", ".join(str(value) for _, value in base if value not in (None, "auto"))
+    return ", ".join(str(value) for _, value in base if value not in (None, "auto", {}))
 
 
 def _compare(base: model.Base, live: LiveAdapters, tokens: list[int], sampling: dict[str, Any]) -> None:

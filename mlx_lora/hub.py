@@ -132,11 +132,12 @@ def _facts(run: Path) -> dict[str, str]:
 
 def _training(config: Config) -> dict[str, str]:
     data, options = config.data, config.train
+    names = ", ".join(Path(source.path).name for source in data.sources)
     accumulation = options.gradient_accumulation_steps
     quantized = f", quantized to {config.model.quantize.bits} bits" if config.model.quantize else ""
     return {
         "base in training": ("as stored" if config.model.dtype == "auto" else config.model.dtype) + quantized,
-        "data": f"{Path(data.train).name}, rows of at most {data.max_seq_length} tokens, loss on {data.loss_on}",
+        "data": f"{names}, rows of at most {data.max_seq_length} tokens, loss on {data.loss_on}",
         "rows in an update": f"{options.batch_size * accumulation}",
         "optimizer": f"{options.optimizer.name}, {options.schedule.name} from {options.learning_rate:g}",
         "seed": str(options.seed),

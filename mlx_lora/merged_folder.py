@@ -48,6 +48,8 @@ def _fill(folder: Path, merge: Merge, shard_bytes: int) -> None:
         for file in merge.base.folder.glob(pattern):
             if not any(file.match(other) for other in NOT_COPIED):
                 shutil.copyfile(file, folder / file.name)
+    if merge.base.other_template and isinstance(merge.base.tokenizer.chat_template, str):
+        (folder / "chat_template.jinja").write_text(merge.base.tokenizer.chat_template, encoding="utf-8")
     del parameters
     _save(folder, weights, "pt" if dense else "mlx", shard_bytes)
 

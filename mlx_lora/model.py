@@ -17,7 +17,7 @@ import mlx.nn as nn
 import mlx_lm.utils
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from mlx_lora import blas, gguf_base
+from mlx_lora import blas, chat, gguf_base
 from mlx_lora.config import Model
 from mlx_lora.errors import InputError
 from mlx_lora.gguf_layout import ARCHITECTURES
@@ -47,6 +47,7 @@ class Base:
     config: dict[str, Any]
     folder: Path
     identity: dict[str, str]
+    other_template: bool = False  # the tokenizer's chat template is not the one in the folder
 
 
 def load(options: Model, weights: bool = True, as_stored: bool = False, evaluated: bool = True) -> Base:
@@ -69,13 +70,14 @@ def load(options: Model, weights: bool = True, as_stored: bool = False, evaluate
     except Exception as error:  # models raise anything at all for a config that does not suit them
         raise InputError(f"model: {options.path} cannot be loaded: {_words(error)}") from None
     _check_rope(model, config, folder)
-    tokenizer = load_tokenizer(folder, config)
+    tokenizer = load_tokenizer(folder, config, options)
     _set_precision(model, options, config, mx.default_device() == mx.cpu, as_stored)
     model.freeze()
     model.eval()
     if weights and evaluated:
         evaluate(model)
-    return Base(model, tokenizer, config, folder, _identity(options, folder, weights))
+    changed = options.chat_template is not None or bool(options.template_kwargs)
+    return Base(model, tokenizer, config, folder, _identity(options, folder, weights), changed)
 
 
 def structure(options: Model, folder: Path, on_cpu: bool) -> nn.Module:
@@ -96,10 +98,11 @@ def structure(options: Model, folder: Path, on_cpu: bool) -> nn.Module:
     return model
 
 
-def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
-    """mlx-lm's tokenizer of a model folder. Raises InputError where it cannot be read or wants to run code."""
+def load_tokenizer(folder: Path, config: dict[str, Any] | None = None, options: Model | None = None) -> Any:
+    """mlx-lm's tokenizer of a model folder, with the chat template of `options`. Raises InputError where it cannot be
+    read or wants to run code."""
     try:
-        return mlx_lm.utils.load_tokenizer(
+        tokenizer = mlx_lm.utils.load_tokenizer(
             folder, {"trust_remote_code": False}, eos_token_ids=(config or {}).get("eos_token_id")
         )
     except Exception as error:  # tokenizers raises bare Exceptions
@@ -107,6 +110,9 @@ def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
         if "trust_remote_code" in reason:
             reason = "it asks to run code of its own, which is never done here"
         raise InputError(f"model: the tokenizer in {folder} cannot be loaded: {reason}") from None
+    if options is not None:
+        chat.configure(tokenizer, options.chat_template, options.template_kwargs)
+    return tokenizer
 
 
 def resolve(options: Model, weights: bool = True) -> Path:

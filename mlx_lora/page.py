@@ -111,11 +111,12 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def _lead(run: Run) -> str:
-    model, data = run.config.model.path, run.config.data.train
+    model, rows = run.config.model.path, run.config.data.train_paths
+    data = _short(rows[0]) + (f" and {len(rows) - 1} more" if len(rows) > 1 else "")
     begun = f"begun {time.strftime('%d %B %Y, %H:%M', time.localtime(run.events[0]['time']))}" if run.events else ""
     device = f" on {run.facts['device']}" if isinstance(run.facts.get("device"), str) else ""
     return (
-        f'<p class="lead"><code>{escape(_short(model))}</code> on <code>{escape(_short(data))}</code></p>'
+        f'<p class="lead"><code>{escape(_short(model))}</code> on <code>{escape(data)}</code></p>'
         f'<p class="lead"><span class="state {_state(run)[1]}">{escape(_state(run)[0])}</span>'
         f"{escape(begun + device)}</p>"
     )

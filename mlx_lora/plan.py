@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from rich.table import Table
 from mlx_lora import config_file, data, hub, lora, memory, model, planning
 from mlx_lora.batches import train_batches
 from mlx_lora.config import PLANNED, Config, Quantize, Train
-from mlx_lora.data import Example, Row
+from mlx_lora.data import Example, Row, sizes
 from mlx_lora.errors import InputError, exit_code
 from mlx_lora.footprint import Footprint, footprint, shapes
 from mlx_lora.planning import with_options
@@ -53,26 +53,23 @@ def usable(size: int) -> int:
     return int(0.9 * size * 2**30 * (2 / 3 if size < 36 else 3 / 4))
 
 
-def read_rows(config: Config, folder: Path) -> tuple[list[Example], str | None]:
+def read_rows(config: Config, folder: Path) -> tuple[Sequence[Example], str | None]:
     """The rows to train on, as far as their lengths go, and what had to be assumed of them (None: nothing)."""
     longest = config.data.max_seq_length
-    if not Path(config.data.train).exists():
-        number = config.train.batch_size * config.train.gradient_accumulation_steps
-        return [
-            _example(longest)
-        ] * number, f"{longest} tokens a row (data.max_seq_length): {config.data.train} is absent"
-    rows = data.load(config.data)[0]
+    whole = Example(np.zeros(longest, np.int32), np.ones(longest, np.bool_), "")
+    for path in config.data.train_paths:
+        if not Path(path).exists():
+            number = config.train.batch_size * config.train.gradient_accumulation_steps
+            return [whole] * number, f"{longest} tokens a row (data.max_seq_length): {path} is not here"
     if any((folder / name).exists() for name in TOKENIZERS):
-        return data.tokenize(rows, model.load_tokenizer(folder), config.data).examples, None
+        return data.load(config.data, model.load_tokenizer(folder, None, config.model))[0].examples, None
+    rows = (row for path in config.data.train_paths for row in data.entries(path, longest) if isinstance(row, Row))
     lengths = [max(2, -(-_characters(row) // CHARACTERS)) for row in rows]
     if config.data.on_overflow == "drop":
         lengths = [length for length in lengths if length <= longest] or [longest]
-    examples = [_example(min(length, longest)) for length in lengths]
-    return examples, f"{CHARACTERS} characters a token, all supervised: there is no tokenizer"
-
-
-def _example(length: int) -> Example:
-    return Example(np.zeros(length, np.int32), np.ones(length, np.bool_), "")
+    return [
+        replace(whole, tokens=whole.tokens[:length], supervised=whole.supervised[:length]) for length in lengths
+    ], f"{CHARACTERS} characters a token, all supervised: there is no tokenizer"
 
 
 def _characters(row: Row) -> int:
@@ -95,7 +92,9 @@ def adapted(config: Config, folder: Path, on_cpu: bool) -> nn.Module:
     return base
 
 
-def ways(config: Config, folder: Path, base: nn.Module, rows: list[Example], on_cpu: bool) -> Iterator[tuple[str, int]]:
+def ways(
+    config: Config, folder: Path, base: nn.Module, rows: Sequence[Example], on_cpu: bool
+) -> Iterator[tuple[str, int]]:
     """Changes of a config, the smallest first, as `--set` takes them, each with the bytes that its run takes: none;
     what changes no result; 4 bits for the base; then shorter rows, halved again and again."""
     found, scored = shapes(base), config.data.valid != 0
@@ -115,10 +114,10 @@ def ways(config: Config, folder: Path, base: nn.Module, rows: list[Example], on_
                 footprint(found, options, batch, scored).peak,
             )
     least = with_options(config, batch_tokens=1, loss_chunk=16, gradient_checkpointing=True)
-    length = max(row.tokens.size for row in rows) // 2
+    length = (int(sizes(rows)[0].max()) + 1) // 2
     while length >= SHORTEST:
-        short = [replace(row, tokens=row.tokens[:length], supervised=row.supervised[:length]) for row in rows]
-        peak = footprint(found, least.train, train_batches(least, short).largest(), scored).peak
+        short = train_batches(least, planning.cut_rows(rows, length)).largest()
+        peak = footprint(found, least.train, short, scored).peak
         yield _said([*words, f"data.max_seq_length={length}", *_differences(config, least.train)]), peak
         length //= 2
 
@@ -134,7 +133,7 @@ def _said(settings: list[str]) -> str:
     return ", ".join(settings)
 
 
-def probe(config: Config, folder: Path, base: nn.Module, rows: list[Example], assumed: bool) -> Probe:
+def probe(config: Config, folder: Path, base: nn.Module, rows: Sequence[Example], assumed: bool) -> Probe:
     """Runs two updates of the largest batch, with the model's weights where they are in `folder`, else random ones."""
     random = not any(folder.glob("model*.safetensors"))
     if not random:
@@ -145,7 +144,7 @@ def probe(config: Config, folder: Path, base: nn.Module, rows: list[Example], as
     batch = batches.largest()
     with memory.limits(memory.available()):
         seconds = planning.measured(config.train, base, batch, model.can_compile()).seconds
-    tokens = sum(row.tokens.size - 1 for row in rows) / batches.padding_efficiency
+    tokens = int(sizes(rows)[0].sum()) / batches.padding_efficiency
     return Probe(
         seconds, None if assumed else seconds * tokens / batch.mask.size, mx.get_peak_memory(), random_weights=random
     )
@@ -274,7 +273,7 @@ def _answer(fit: Fit) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mlx_lora.plan",
+        prog="mlx-lora plan",
         description="Say whether a run fits in memory, from the model's config.json alone, before any download.",
         epilog="Exit code: 0 it fits this machine, 1 it does not, 2 bad input.",
     )

@@ -18,7 +18,7 @@ import numpy as np
 from mlx_lora import lora, memory
 from mlx_lora.batches import Batch, Batches, train_batches
 from mlx_lora.config import PLANNED, Config, Train
-from mlx_lora.data import Example
+from mlx_lora.data import Example, sizes
 from mlx_lora.errors import InputError
 from mlx_lora.gradient_checkpointing import MLP_NAMES
 from mlx_lora.head import output_of
@@ -28,6 +28,7 @@ from mlx_lora.optim import make_optimizer
 from mlx_lora.step import Step, prepared
 
 SHARE = 0.8  # of the memory that is available: the rest is for the buffer cache and for other programs
+MOST_CUT = 10_000
 TOKENS = (64, 128)  # in the small batches from which the memory of larger ones is estimated, about
 
 
@@ -40,7 +41,7 @@ class Need:
 
 
 def choose(
-    config: Config, model: nn.Module, rows: list[Example], available: int, compiled: bool
+    config: Config, model: nn.Module, rows: Sequence[Example], available: int, compiled: bool
 ) -> tuple[Train, list[str]]:
     """The training options with `PLANNED` filled in, and lines that say what was chosen and why.
 
@@ -76,7 +77,12 @@ def choose(
 
 
 def require(
-    config: Config, model: nn.Module, rows: list[Example], valid: list[Example], limit: int, compiled: bool
+    config: Config,
+    model: nn.Module,
+    rows: Sequence[Example],
+    valid: Sequence[Example],
+    limit: int,
+    compiled: bool,
 ) -> list[str]:
     """What was tried, for a run whose largest batches, those of evaluations too, take at most `limit` bytes beyond what
     is in memory already.
@@ -97,10 +103,10 @@ def require(
         cure = f"set {settings(fitting)}, which fits"
     else:
         least = with_options(config, batch_tokens=1, loss_chunk=16, gradient_checkpointing=True)
-        length = max(row.tokens.size for row in [*rows, *valid]) // 2
+        length = (max(int(sizes(part)[0].max()) for part in (rows, valid) if len(part)) + 1) // 2
         while length >= min(TOKENS):
-            shorter = iter([(least.train, train_batches(least, _cut_rows(rows, length)).largest())])
-            short = _cut_rows(valid, length)
+            shorter = iter([(least.train, train_batches(least, cut_rows(rows, length)).largest())])
+            short = cut_rows(valid, length)
             if _first_that_fits(shorter, model, limit, compiled, lines, short) is not None:
                 cure = f"set data.max_seq_length={length}, {settings(least.train)}, which fits"
                 break
@@ -108,8 +114,10 @@ def require(
     raise InputError("\n       ".join([*lines, f"train.memory_limit: too little for this run; {cure}"]))
 
 
-def _cut_rows(rows: list[Example], length: int) -> list[Example]:
-    return [replace(row, tokens=row.tokens[:length], supervised=row.supervised[:length]) for row in rows]
+def cut_rows(rows: Sequence[Example], length: int) -> list[Example]:
+    """The longest rows, up to `MOST_CUT`, with their first `length` tokens: the others make no batch larger."""
+    longest = [rows[int(row)] for row in np.argsort(-sizes(rows)[0], kind="stable")[:MOST_CUT]]
+    return [replace(row, tokens=row.tokens[:length], supervised=row.supervised[:length]) for row in longest]
 
 
 def _first_that_fits(
@@ -138,7 +146,7 @@ def _first_that_fits(
         if need.memory > limit:
             lines.append(f"plan: {shape}: {need.memory / 1e9:.2f} GB, too much")
             continue
-        if valid and (evaluation := _try_evaluation(options, model, list(valid))) > limit:
+        if valid and (evaluation := _try_evaluation(options, model, valid)) > limit:
             lines.append(f"plan: {shape}: {evaluation / 1e9:.2f} GB for an evaluation, too much")
             continue
         lines.append(
@@ -154,25 +162,25 @@ def settings(options: Train) -> str:
     return ", ".join(f"train.{name}={_yaml(getattr(options, name))}" for name in PLANNED)
 
 
-def candidates(config: Config, model: nn.Module, rows: list[Example]) -> Iterator[tuple[Train, Batch]]:
+def candidates(config: Config, model: nn.Module, rows: Sequence[Example]) -> Iterator[tuple[Train, Batch]]:
     """Options in the order in which they are tried, each with its largest batch: `batch_size` rows, then half as many
     tokens, down to the longest row alone; then the same with more that is recomputed."""
-    longest = max(example.tokens.size - 1 for example in rows)
-    sizes: list[tuple[int | None, Batch]] = []
+    longest = int(sizes(rows)[0].max())
+    shapes: list[tuple[int | None, Batch]] = []
     tokens: int | None = None
     while True:
         batch = train_batches(with_options(config, batch_tokens=tokens), rows).largest()
-        if not sizes or batch.mask.shape != sizes[-1][1].mask.shape:
-            sizes.append((tokens, batch))
+        if not shapes or batch.mask.shape != shapes[-1][1].mask.shape:
+            shapes.append((tokens, batch))
             yield with_options(config, batch_tokens=tokens).train, batch
         if tokens == longest or batch.mask.size <= longest:
             break
         tokens = max(longest, batch.mask.size // 2)
     has_mlps = any(name in block for block in model.layers for name in MLP_NAMES)
     for level in ["mlp", True] if has_mlps else [True]:
-        for tokens, batch in sizes:
+        for tokens, batch in shapes:
             yield with_options(config, batch_tokens=tokens, gradient_checkpointing=level).train, batch
-    tokens, batch = sizes[-1]
+    tokens, batch = shapes[-1]
     yield with_options(config, batch_tokens=tokens, loss_chunk=16, gradient_checkpointing=True).train, batch
 
 
@@ -232,7 +240,7 @@ def measured(options: Train, model: nn.Module, batch: Batch, compiled: bool) -> 
     return need
 
 
-def _try_evaluation(options: Train, model: nn.Module, rows: list[Example]) -> int:
+def _try_evaluation(options: Train, model: nn.Module, rows: Sequence[Example]) -> int:
     """The most bytes that the largest batch of an evaluation takes."""
     gc.collect()
     batches = Batches(rows, options.batch_size, 0, batch_tokens=options.batch_tokens)

@@ -17,6 +17,7 @@ import numpy as np
 
 from mlx_lora import lora
 from mlx_lora.batches import Batch, Batches
+from mlx_lora.data import sizes
 from mlx_lora.errors import InputError
 from mlx_lora.head import output_of
 
@@ -154,7 +155,7 @@ def choose(
 
 
 def _lengths(batches: Batches) -> np.ndarray:
-    return np.array([example.tokens.size - 1 for example in batches.examples])
+    return sizes(batches.examples)[0]
 
 
 def _below(model: nn.Module, ids: mx.array) -> mx.array:

@@ -17,6 +17,7 @@ import mlx.core as mx
 from mlx_lora import (
     __version__,
     adapter_files,
+    chat,
     checkpoint,
     config_file,
     data,
@@ -178,14 +179,9 @@ def _load(config: Config, log: metrics.Log, weights: bool = True) -> tuple[Base,
     """The base and the tokenized rows, all checked before the first step."""
     for note in model.prepare_device():
         log.say(note)
-    train_rows, valid_rows = data.load(config.data)
+    data.check(config.data, [*config.data.train_paths, *config.data.valid_paths])
     base = model.load(config.model, weights, evaluated=False)
-    tokenized = _meanwhile(
-        lambda: (
-            data.tokenize(train_rows, base.tokenizer, config.data),
-            data.tokenize(valid_rows, base.tokenizer, config.data) if valid_rows else None,
-        )
-    )
+    tokenized = _meanwhile(lambda: data.load(config.data, base.tokenizer, log.say))
     if weights:
         model.evaluate(base.model)
     converted = f", as {base.folder}" if base.folder != Path(config.model.path) else ""
@@ -236,11 +232,14 @@ def _attach(config: Config, base: Base, start_from: str | None) -> list[str]:
 
 
 def _pinned(config: Config, revision: str | None) -> Config:
-    """The config with the commit that a hub id led to, so that the run goes on with these very weights, and what it
-    leaves behind names them."""
-    if model.is_local(config.model.path):
-        return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"revision": revision})})
+    """The config with the commit that a hub id led to and the text of the chat template, so that the run goes on with
+    these very weights, and what it leaves behind names them and says how they are asked."""
+    found: dict[str, Any] = {}
+    if not model.is_local(config.model.path):
+        found["revision"] = revision
+    if config.model.chat_template is not None:
+        found["chat_template"] = chat.template_text(config.model.chat_template)
+    return config.model_copy(update={"model": config.model.model_copy(update=found)})
 
 
 def _planned(

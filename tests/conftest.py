@@ -1,6 +1,7 @@
 """Models that tests share: the real SmolLM2 from PyPI, and tiny random ones built by transformers."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,6 +40,20 @@ def smollm2_folder(smollm2_gguf: Path) -> Path:
     from mlx_lora.gguf_base import convert
 
     return convert(smollm2_gguf)
+
+
+@pytest.fixture(scope="session")
+def chat_templates() -> dict[str, str]:
+    """The chat templates of many models, as they ship them, and with marks around answers (NAME_training): from the
+    PyPI package trl (2 MB, fetched once)."""
+    version = "1.16.0"
+    if not list(CACHE.glob(f"trl-{version}-*.whl")):
+        CACHE.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(CACHE), f"trl=={version}"]
+        subprocess.run(command, check=True)
+    with zipfile.ZipFile(next(CACHE.glob(f"trl-{version}-*.whl"))) as wheel:
+        names = [name for name in wheel.namelist() if re.fullmatch(r"trl/chat_templates/.*\.jinja", name)]
+        return {Path(name).stem: wheel.read(name).decode() for name in names}
 
 
 @pytest.fixture(scope="session")

@@ -158,10 +158,13 @@ class Fuzzer:
             {"messages": [{"role": "system", "content": "Be brief"}, *turn, *turn], "tools": [tool]},
             {"prompt": "One", "completion": "Two"},
             {"text": "Some text"},
+            {"instruction": "Add", "input": "1, 2", "output": "3"},
+            {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Good day"}]},
         ]
         lines = []
+        form = draw.choice(forms)
         for _ in range(draw.randint(1, 6)):
-            row = json.loads(json.dumps(draw.choice(forms)))
+            row = json.loads(json.dumps(form if draw.random() < 0.9 else draw.choice(forms)))
             for _ in range(draw.randrange(3)):
                 self.break_tree(row, draw)
             lines.append(json.dumps(row, ensure_ascii=draw.random() < 0.5))

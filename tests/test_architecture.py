@@ -22,7 +22,15 @@ ORDER = [
     "config_forms",
     "time_limit",
     "chat",
+    "data.sources",
+    "data.formats",
+    "data.oddities",
+    "data.examples",
+    "data.cache",
     "data",
+    "data.checks",
+    "data.summary",
+    "data.page",
     "batches",
     "gguf_layout",
     "gguf_base.reader",
@@ -84,6 +92,7 @@ COMMANDS = [
     "doctor",
     "init",
     "convert_config",
+    "data.__main__",
     "plan",
     "train",
     "generate",
@@ -115,6 +124,9 @@ OWNERS = {  # third-party packages that only these modules may import
     "shtab": {"__main__"},
     "tensorboard": {"trackers"},
     "wandb": {"trackers"},
+    "pyarrow": {"data.sources"},
+    "zstandard": {"data.sources"},
+    "datasets": {"data.sources"},
 }
 FORBIDDEN = {"pickle", "marshal", "shelve", "torch", "transformers", "requests"}
 

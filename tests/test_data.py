@@ -138,9 +138,8 @@ def test_a_template_that_renders_the_last_turn_otherwise_is_read_rightly(tokeniz
     try:
         expected = ["Hello!<|im_end|>", "<think>\n4<|im_end|>"]
         assert spans(tokenizer, tokenize_one({"messages": TURN}, tokenizer)) == expected
-        tokenizer.eos_token_ids = {0}  # now nothing tells where the first answer ends
-        with pytest.raises(InputError, match="message 3 in a way that cannot be told"):
-            tokenize_one({"messages": TURN}, tokenizer)
+        tokenizer.eos_token_ids = {0}  # as in base models: a turn then ends with the special token after its content
+        assert spans(tokenizer, tokenize_one({"messages": TURN}, tokenizer)) == expected
     finally:
         tokenizer.chat_template, tokenizer.eos_token_ids = kept, ids
 
@@ -151,10 +150,14 @@ def test_a_misspelt_role_is_shown(tokenizer):
         tokenize_one({"messages": messages}, tokenizer)
 
 
-def test_a_template_that_rewrites_history_is_refused_by_row(tokenizer):
+def test_a_template_that_rewrites_history_is_read_rightly_or_refused_by_row(tokenizer):
     kept = tokenizer.chat_template
-    tokenizer.chat_template = "{{ messages | length }}" + kept
     try:
+        tokenizer.chat_template = "{{ messages | length }}" + kept
+        assert spans(tokenizer, tokenize_one({"messages": TURN}, tokenizer)) == ["Hello!<|im_end|>", "4<|im_end|>"]
+        turned = "{{ messages | length }}{% for m in messages %}"
+        turned += "{{ m.content | reverse if m.role == 'user' else m.content }}<|im_end|>{% endfor %}"
+        tokenizer.chat_template = turned
         with pytest.raises(InputError, match=r"rows.jsonl:1: the chat template renders .* message 3 differently"):
             tokenize_one({"messages": TURN}, tokenizer)
     finally:
@@ -185,7 +188,7 @@ def test_long_rows_are_truncated_dropped_or_refused_and_always_listed(tokenizer)
 def test_rows_without_an_answer_are_skipped_and_listed(tokenizer):
     rows = [
         Row({"messages": TURN[:2]}, "f:1"),
-        Row({"prompt": "Hi", "completion": ""}, "f:2"),
+        Row({"prompt": "Hi", "completion": ""}, "g:2"),
         Row({"messages": TURN}, "f:3"),
     ]
     dataset = data.tokenize(rows, tokenizer, options())
@@ -290,7 +293,7 @@ def test_files_that_are_no_rows_are_refused(tmp_path, content, words):
     with pytest.raises(InputError, match=words):
         data.read(tmp_path / "rows.jsonl")
     with pytest.raises(InputError, match="cannot be read"):
-        data.read(tmp_path)
+        data.read(tmp_path / "none.jsonl")
 
 
 def rows_of(count: int) -> list[Row]:
@@ -298,31 +301,37 @@ def rows_of(count: int) -> list[Row]:
     return [Row({"text": str(number)}, f"f:{line}") for line, number in enumerate(numbers, 1)]
 
 
+def split(rows: list[Row], fraction: float) -> tuple[list[Row], list[Row]]:
+    held_out = data.split(np.array([int(data.digest([row])[:16], 16) for row in rows], np.uint64), fraction)
+    return tuple([row for row, out in zip(rows, held_out, strict=True) if out == side] for side in (False, True))
+
+
 def test_held_out_rows_are_chosen_by_their_content_alone():
     rows = rows_of(2000)
-    train, valid = data.split(rows, 0.1)
+    train, valid = split(rows, 0.1)
     assert len(train) + len(valid) == 2000
     assert 140 < len(valid) < 260  # binomial: 200 ± 4.5 deviations
     shuffled = random.Random(1).sample(rows, len(rows))
-    assert {row.place for row in data.split(shuffled, 0.1)[1]} == {row.place for row in valid}
-    grown = data.split(rows + rows_of(2500)[2000:], 0.1)[1]
+    assert {row.place for row in split(shuffled, 0.1)[1]} == {row.place for row in valid}
+    grown = split(rows + rows_of(2500)[2000:], 0.1)[1]
     assert {row.place for row in valid} <= {row.place for row in grown}
 
 
 def test_copies_of_a_row_stay_on_one_side():
     copies = [Row(row.content, f"copy:{row.place}") for row in rows_of(500)]
-    train, valid = data.split(rows_of(500) + copies, 0.2)
+    train, valid = split(rows_of(500) + copies, 0.2)
     texts = [{row.content["text"] for row in side} for side in (train, valid)]
     assert not texts[0] & texts[1]
     assert len(valid) == 2 * len(texts[1])
 
 
-def test_a_small_fraction_of_few_rows_still_holds_one_out():
-    train, valid = data.split(rows_of(5), 0.01)
+def test_a_small_fraction_of_few_rows_still_holds_one_out(tokenizer, tmp_path):
+    train, valid = split(rows_of(5), 0.01)
     assert (len(train), len(valid)) == (4, 1)
-    assert data.split(rows_of(5), 0)[1] == []
+    assert split(rows_of(5), 0)[1] == []
+    path = write(tmp_path / "rows.jsonl", [{"text": "one"}])
     with pytest.raises(InputError, match="leaves no row"):
-        data.split(rows_of(1), 0.5)
+        data.load(Data(train=path, valid=0.5), tokenizer)
 
 
 def test_digest_depends_on_rows_and_order():

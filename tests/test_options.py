@@ -19,7 +19,11 @@ CHANGES = {  # option: (what else is set in both runs, the change)
     "model.quantize": ([], "model.quantize={bits: 8, group_size: 32}"),
     "model.quantize.bits": (["model.quantize={bits: 8, group_size: 32}"], "model.quantize.bits=4"),
     "model.quantize.group_size": (["model.quantize={bits: 8, group_size: 32}"], "model.quantize.group_size=64"),
+    "model.chat_template": ([], "model.chat_template={tmp}/other.jinja"),
+    "model.template_kwargs": (["model.chat_template={tmp}/other.jinja"], "model.template_kwargs={name: Ann}"),
     "data.train": ([], "data.train={tmp}/other.jsonl"),
+    "data.columns": ([], "data.columns={messages: second}"),
+    "data.reasoning": ([], "data.reasoning=drop"),
     "data.valid": ([], "data.valid=0.8"),
     "data.format": ([], "data.format=text"),
     "data.loss_on": ([], "data.loss_on=all"),
@@ -95,7 +99,12 @@ def observe(tiny_model, tmp_path_factory):
         [{"role": "user", "content": f"Number {n}"}, {"role": "assistant", "content": f"{n} is it, " * (1 + n % 2)}]
         for n in range(12)
     ]
-    rows.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    chats[0][1]["content"] = "<think>Zero.</think>" + chats[0][1]["content"]
+    pairs = zip(chats, chats[::-1], strict=True)
+    rows.write_text("".join(json.dumps({"messages": chat, "second": other}) + "\n" for chat, other in pairs))
+    template = "{% for m in messages %}<|im_start|>{{ m.role }} {{ name }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    template += "{% if add_generation_prompt %}<|im_start|>assistant {{ name }}\n{% endif %}"
+    (folder / "other.jinja").write_text(template)
     (folder / "other.jsonl").write_text(rows.read_text().replace("is it", "was it"))
     shutil.copytree(tiny_model, folder / "other-model")
     weights = mx.load(str(tiny_model / "model.safetensors"))

@@ -92,7 +92,14 @@ def newest(run: Path) -> Path:
 def test_a_run_learns_and_leaves_the_folder_of_the_design(options, tmp_path):
     result = finetune(options)
     run = tmp_path / "run"
-    names = ["config.yaml", "metrics.jsonl", "report.html", "adapters.safetensors", "adapter_config.json", "checkpoints"]
+    names = [
+        "config.yaml",
+        "metrics.jsonl",
+        "report.html",
+        "adapters.safetensors",
+        "adapter_config.json",
+        "checkpoints",
+    ]
     assert sorted(path.name for path in run.iterdir()) == sorted([*names, LOCK])
     assert [path.name for path in checkpoint.complete(run)] == ["00000004", "00000006", "00000008"]
     assert (result.steps, result.output_dir) == (8, run)

@@ -1,7 +1,6 @@
 """A GGUF file as a base model: converts it, once, into a Hugging Face model folder for mlx-lm and transformers."""
 
 import fcntl
-import os
 import shutil
 from pathlib import Path
 
@@ -27,7 +26,7 @@ def convert(path: Path, cache_dir: Path | None = None, weights: bool = True) -> 
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; give the path of a GGUF model file")
-    cache = cache_dir or _default_cache_dir()
+    cache = cache_dir or files.cache_folder("gguf")
     try:
         folder = cache / f"{files.sha256(path)}-v{FORMAT_VERSION}"
         if not weights and not folder.is_dir():
@@ -40,12 +39,6 @@ def convert(path: Path, cache_dir: Path | None = None, weights: bool = True) -> 
     except OSError as error:
         raise InputError(f"{path}: {error}; see to it, or set MLX_LORA_CACHE to a folder with enough room") from error
     return folder
-
-
-def _default_cache_dir() -> Path:
-    if root := os.environ.get("MLX_LORA_CACHE"):
-        return Path(root) / "gguf"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_lora" / "gguf"
 
 
 def _convert_locked(path: Path, folder: Path, weights: bool) -> None:

@@ -113,7 +113,7 @@ class Worker:
     def _load(self, options: Model, adapters: Mapping[str, str]) -> list[str]:
         base = model.load(options)
         self._base = base
-        self._encoding_tokenizer = model.load_tokenizer(base.folder, base.config)
+        self._encoding_tokenizer = model.load_tokenizer(base.folder, base.config, options)
         self._adapters = LiveAdapters(base.model, base.identity)
         for name, folder in adapters.items():
             self._adapters.load(name, folder)
