@@ -17,7 +17,7 @@ COMMANDS = {  # in the order in which a newcomer needs them
     "init": "write a config for a first run, from four questions",
     "convert-config": "turn a config of mlx-lm, axolotl, TRL or Unsloth into ours",
     "config-file": "print every option of a config, with its meaning",
-    "data": "look at the rows: what is used, what is learned, what is wrong",
+    "data": "look at your rows: what is learned, and what is wrong",
     "plan": "say whether a run fits in memory, before any download",
     "train": "fine-tune a model; --dry-run shows what would be done",
     "evaluate": "score held-out rows with and without what was learned",
