@@ -80,29 +80,22 @@ def _main() -> None:
     )
     for column in table.columns:
         column.justify = "right"
-    with tempfile.TemporaryDirectory() as folder:
-        for number in options.rows:
-            path = Path(folder) / "rows.jsonl"
+    for number in options.rows:
+        with tempfile.TemporaryDirectory() as folder:
+            path, cache = Path(folder) / "rows.jsonl", Path(folder) / "cache"
             write(path, number, options.form)
-            command = [sys.executable, __file__, options.model, "--read", str(path)]
-            # A GGUF model is converted in the usual cache: only the rows' is empty.
-            cache = Path(folder) / "cache"
-            cache.mkdir()
+            cache.mkdir()  # empty but for GGUF models, which are converted once
             usual = Path(os.environ.get("MLX_LORA_CACHE") or Path.home() / ".cache" / "mlx_lora") / "gguf"
             if usual.is_dir():
                 (cache / "gguf").symlink_to(usual)
+            command = [sys.executable, __file__, options.model, "--read", str(path)]
             environment = os.environ | {"MLX_LORA_CACHE": str(cache)}
-            ended = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+            ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
             found = json.loads(ended.stdout.splitlines()[-1])
             peaks = [f"{found[when] / 1e6:,.0f} MB" for when in ("before", "after tokenizing", "after batches")]
             size = f"{path.stat().st_size / 1e6:,.1f}"
             speed = f"{number / found['tokenized']:,.0f}"
             table.add_row(f"{number:,}", size, f"{found['tokens']:,}", speed, f"{found['found']:.2f} s", *peaks)
-            for entry in (*(cache / "rows").rglob("*"), cache / "gguf"):
-                if entry.is_file() or entry.is_symlink():
-                    entry.unlink()
-            for entry in (*(cache / "rows").iterdir(), cache / "rows", cache):
-                entry.rmdir()
     Console(width=120).print(table)
 
 
