@@ -8,6 +8,7 @@ from typing import Any
 
 WIDTH, HEIGHT = 1000, 1000  # the drawing's own coordinates; its shape on the page is the style sheet's
 MOST_POINTS = 1000  # of a curve; of more, the least and the greatest of each share are drawn
+MOST_DOTS = 60  # of a curve: more would be a band on a phone
 FAR = 30  # times the median: from there on a greatest value makes its axis logarithmic
 
 Point = tuple[int, float | None]  # step, value; None where it was not finite
@@ -15,12 +16,19 @@ Point = tuple[int, float | None]  # step, value; None where it was not finite
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart. `kind`: line, faint, dotted (with its points), dashed or mark (a point alone)."""
+    """One line of a chart. `kind`: line, faint, dotted (with its points), dashed or mark (a point alone). `again`: its
+    colour has been given to another one."""
 
     name: str
     points: Sequence[Point]
     colour: int  # of the style sheet
     kind: str = "line"
+    again: bool = False
+
+    @property
+    def classes(self) -> str:
+        """Of the style sheet."""
+        return f"{self.kind} c{self.colour}{' again' if self.again else ''}"
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,7 @@ def figure(drawn: Chart, number: int) -> str:
         f'<span class="x" style="left:{100 * across.place(tick):.2f}%">{written(tick, "si")}</span>'
         for tick in across.ticks
     ]
-    legend = [f'<span class="key c{c.colour} {c.kind}">{escape(c.name)}</span>' for c in drawn.curves]
+    legend = [f'<span class="key {c.classes}">{escape(c.name)}</span>' for c in drawn.curves]
     unit = drawn.unit + (", log scale" if down.logarithmic else "")
     return (
         f"<figure><figcaption><b>{escape(drawn.title)}</b> <i>{escape(unit)}</i>"
@@ -156,8 +164,8 @@ def _path(curve: Curve, across: Axis, down: Axis) -> str:
         if place is not None:
             line.append(f"L{place}" if pen_down else f"M{place}h0")  # h0: a point alone is a dot
         pen_down = place is not None
-    drawn = "" if curve.kind == "mark" else f'<path class="{curve.kind} c{curve.colour}" d="{"".join(line)}"/>'
-    if curve.kind in ("dotted", "mark"):
+    drawn = "" if curve.kind == "mark" else f'<path class="{curve.classes}" d="{"".join(line)}"/>'
+    if curve.kind == "mark" or (curve.kind == "dotted" and len(places) <= MOST_DOTS):
         dots = "".join(f"M{place}h0" for place in places if place is not None)
         drawn += f'<path class="{"mark" if curve.kind == "mark" else "dots"} c{curve.colour}" d="{dots}"/>'
     return drawn

@@ -301,7 +301,9 @@ class Train(Options):
 class Eval(Options):
     every: int = Field(200, ge=1, description="steps between evaluations; also at the start and the end")
     early_stopping: int | None = Field(None, ge=1, description="evaluations without a better loss that end the run")
-    samples: list[str] = Field([], description="prompts that base and adapter answer (greedily) at every evaluation")
+    samples: list[Annotated[str, Field(min_length=1)]] = Field(
+        [], description="prompts that base and adapter answer (greedily) at every evaluation"
+    )
     sample_tokens: int = Field(256, ge=1, description="most tokens of such an answer")
 
 

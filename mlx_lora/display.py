@@ -129,7 +129,8 @@ class View(RenderHook):
     def _erase(self) -> Control:
         """Goes back to where the picture begins. A terminal that has become narrower has wrapped its lines.
 
-        tmux tells of its size a quarter of a second late: what is drawn meanwhile may leave lines behind.
+        Lines may stay behind where the picture is taller than the terminal has become, or is drawn before the terminal
+        tells of its new size (tmux does a quarter of a second late).
         """
         rows = sum(max(1, math.ceil(columns / self._console.width)) for columns in self._drawn)
         rows = min(rows, self._console.height - 1)
@@ -223,7 +224,7 @@ def sparkline(values: Sequence[float], width: int, rows: int = 1, from_zero: boo
     edges = [count * column // columns for column in range(columns + 1)]
     means = [sum(values[begin:end]) / (end - begin) for begin, end in pairwise(edges)]
     least, greatest = 0.0 if from_zero else min(means), max(means)
-    share = (8 * rows - 1) / (greatest - least) if greatest > least else 0.0
+    share = min((8 * rows - 1) / (greatest - least), 1e300) if greatest > least else 0.0
     heights = [1 + round((mean - least) * share) for mean in means]
     return [
         "".join(BLOCKS[min(8, max(0, height - 8 * row))] for height in heights).ljust(width)

@@ -1,5 +1,6 @@
 """Bad input and interruption, and the exit code that every command gives each."""
 
+import errno
 import os
 import signal
 import sys
@@ -31,6 +32,7 @@ def exit_code(main: Callable[[], None]) -> int:
     before = signal.signal(signal.SIGTERM, _stop)  # so that what is half written is cleared away
     try:
         main()
+        sys.stdout.flush()
     except InputError as error:
         complain(f"error: {error}")
         return 2
@@ -42,6 +44,12 @@ def exit_code(main: Callable[[], None]) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO):
+            raise
+        mute(sys.stdout)
+        complain(f"error: {error}: what was to be written there is not whole")
+        return 2
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0

@@ -141,9 +141,9 @@ class Log:
 
         The live view shows what a report says, which then has no line.
         """
+        self.record(kind, step, **values)
         if kind != "train" or not self._view.active:
             self._print(line)
-        self.record(kind, step, **values)
 
     def record(self, kind: str, step: int, **values: Any) -> None:
         """One event, without a line on the console."""

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from mlx_lora.errors import InputError
 FILE = "report.html"
 GENERATOR = '<meta name="generator" content="mlx_lora'
 COLOURS = 6  # of the style sheet, beside grey
+UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 SMOOTH_FROM = 60  # reports, from which on the training loss has a running mean
 Event = dict[str, Any]
 
@@ -65,12 +67,12 @@ def write(path: Path, runs: Sequence[Run]) -> None:
         raise InputError(f"{path}: is there already and is no report of a run; choose another file with --out")
     try:
         text = page(runs)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, OSError) as error:  # of times and figures
         names = ", ".join(run.name for run in runs)
         raise InputError(f"{names}: {metrics.FILE} is not as a run writes it ({error!r}); restore it") from None
     try:
         with files.new_file(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place with --out") from None
 
@@ -127,7 +129,9 @@ def _state(run: Run) -> tuple[str, str]:
     done, steps = last_step(run), run.facts.get("steps")
     if run.of("early_stop"):
         return f"stopped early at step {done}", "good"
-    if isinstance(steps, int) and done < steps:
+    if not isinstance(steps, int):
+        return f"{done:,} steps" if done else "not begun", "open"
+    if done < steps:
         return f"{done:,} of {steps:,} steps", "open"
     return "finished", "good"
 
@@ -253,18 +257,18 @@ def _samples(runs: Sequence[Run]) -> str:
             answers.append(_answer(at, str(kept.get("answer")), place % COLOURS))
             by_step += [
                 f"<li><b>{'' if len(runs) == 1 else escape(run.name) + ', '}step {event['step']}</b>"
-                f"<pre>{_text(str(event.get('answer')))}</pre></li>"
+                f'<pre dir="auto">{_text(str(event.get("answer")))}</pre></li>'
                 for event in found
             ]
         cards.append(
-            f'<article><h3><pre>{_text(prompt)}</pre></h3><div class="answers">{"".join(answers)}</div>'
+            f'<article><h3><pre dir="auto">{_text(prompt)}</pre></h3><div class="answers">{"".join(answers)}</div>'
             f"<details><summary>{len(by_step)} answers by step</summary><ol>{''.join(by_step)}</ol></details></article>"
         )
     return f"<section><h2>Samples</h2>{''.join(cards)}</section>" if cards else ""
 
 
 def _answer(name: str, text: str, colour: int) -> str:
-    return f'<div class="answer c{colour}"><h4>{escape(name)}</h4><pre>{_text(text)}</pre></div>'
+    return f'<div class="answer c{colour}"><h4>{escape(name)}</h4><pre dir="auto">{_text(text)}</pre></div>'
 
 
 def _data(run: Run) -> str:
@@ -367,15 +371,23 @@ def _overview(runs: Sequence[Run]) -> str:
             label: f"{value}, {words}" if "loss" in label else value for label, (value, words) in _figures(run).items()
         }
         cards.append(
-            f'<article><h3><span class="key c{place % COLOURS} line">{escape(run.name)}</span></h3>'
+            f'<article><h3><span class="{_key(place)}">{escape(run.name)}</span></h3>'
             f"{_list({'state': _state(run)[0], **rows})}</article>"
         )
     return f'<section class="columns">{"".join(cards)}</section>'
 
 
+def _key(place: int) -> str:
+    """The classes of a run's colour; of more runs than colours, the later ones are dashed."""
+    return f"key c{place % COLOURS} line{' again' if place >= COLOURS else ''}"
+
+
 def _compared_charts(runs: Sequence[Run]) -> list[charts.Chart | None]:
     def curves(kind: str, name: str, form: str = "line", share: float = 1.0) -> list[Curve]:
-        return [Curve(run.name, run.points(kind, name, share), place % COLOURS, form) for place, run in enumerate(runs)]
+        return [
+            Curve(run.name, run.points(kind, name, share), place % COLOURS, form, again=place >= COLOURS)
+            for place, run in enumerate(runs)
+        ]
 
     unit = "nats per supervised token"
     return [
@@ -395,10 +407,7 @@ def _differences(runs: Sequence[Run]) -> str:
     for key in options[0]:
         values = [found.get(key, ("null", False))[0] for found in options]
         if len(set(values)) > 1 and key != "output_dir":
-            cells = [
-                f'<span class="key c{place % COLOURS} line">{escape(value)}</span>'
-                for place, value in enumerate(values)
-            ]
+            cells = [f'<span class="{_key(place)}">{escape(value)}</span>' for place, value in enumerate(values)]
             rows.append(f"<div><dt>{escape(key)}</dt><dd>{''.join(cells)}</dd></div>")
     body = f'<dl class="list wide">{"".join(rows)}</dl>' if rows else "<p>None but the folder.</p>"
     return f"<section><h2>Settings that differ</h2>{body}</section>"
@@ -430,6 +439,6 @@ def _short(path: str) -> str:
 
 
 def _text(text: str) -> str:
-    """A text as it stands, with what has no glyph made visible."""
-    shown = (c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    """A text as it stands, with what has no glyph of its own, or turns the direction of others, made visible."""
+    shown = (c if c in "\n\t" or not UNSHOWN.match(c) else c.encode("unicode_escape").decode() for c in text)
     return escape("".join(shown)) or "<i>nothing</i>"

@@ -117,3 +117,13 @@ def test_bash_completes(tmp_path):
         code += 'printf "%s\\n" "${COMPREPLY[@]}"'
         ended = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
         assert wanted in ended.stdout.split(), (words, ended.stdout, ended.stderr)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no disk that is always full")
+def test_a_full_disk_behind_the_output_is_one_clear_error():
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "mlx_lora", "config-file", "table"]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: [Errno 28]")
+    assert len(ended.stderr.splitlines()) == 1

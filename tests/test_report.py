@@ -1,8 +1,10 @@
 """The report: what it holds is what the run measured, and it is one file that any browser shows, offline."""
 
+import functools
 import json
 import re
 import shutil
+import unicodedata
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -204,11 +206,22 @@ def test_the_report_is_one_file_that_loads_nothing(run):
 def test_samples_stand_in_it_as_they_were_written(run):
     """A hostile prompt, and what base and adapter answered."""
     texts = ["".join(text for tag, text in Page((run / page.FILE).read_text()).texts if tag == "pre")]
-    visible = "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in HOSTILE)
-    assert visible in texts[0]
+    unseen = [c for c in HOSTILE if unicodedata.category(c) == "Cc" and c not in "\n\t"]
+    assert functools.reduce(lambda text, c: text.replace(c, f"\\x{ord(c):02x}"), unseen, HOSTILE) in texts[0]
     samples = events(run, "sample")
     assert [event["step"] for event in samples] == [0, 4, 8, 12]
     assert len({event["base"] for event in samples}) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["\U0001f469\u200d\U0001f467", "\u0645\u06cc\u200c\u062e", "5\u202f\u20ac", "\u3000\u5168"]
+)
+def test_what_languages_are_written_with_stands_as_it_is(text):
+    assert page._text(text) == text
+
+
+def test_what_would_turn_other_text_or_cannot_be_written_is_spelled_out():
+    assert page._text("a\u202eb\x1b[2J\ud800") == "a\\u202eb\\x1b[2J\\ud800"
 
 
 def test_it_tells_settings_data_and_events(run, options):
@@ -271,6 +284,8 @@ def test_a_run_that_is_stopped_has_its_report(options, tmp_path):
 
 
 NO_TIME = '{"event": "note", "step": 1, "text": "x"}\n'
+NO_STEP = json.dumps({"event": "train", "step": 10**400, "time": 1.0, "loss": 1.0}) + "\n"
+NO_YEAR = json.dumps({"event": "train", "step": 1, "time": 10**30, "loss": 1.0}) + "\n"
 NO_NUMBER = '{"event": "train", "step": 1, "time": []}\n'
 
 
@@ -282,6 +297,8 @@ NO_NUMBER = '{"event": "train", "step": 1, "time": []}\n'
         (lambda run: (run / page.FILE).write_text("<p>mine</p>"), "is no report of a run"),
         (lambda run: (run / metrics.FILE).write_text(NO_TIME), "as a run writes it"),
         (lambda run: (run / metrics.FILE).write_text(NO_NUMBER), "as a run writes it"),
+        (lambda run: (run / metrics.FILE).write_text(NO_STEP), "as a run writes it"),
+        (lambda run: (run / metrics.FILE).write_text(NO_YEAR), "as a run writes it"),
     ],
 )
 def test_what_is_no_run_is_one_clear_error(run, tmp_path, damage, words):
@@ -289,6 +306,24 @@ def test_what_is_no_run_is_one_clear_error(run, tmp_path, damage, words):
     damage(tmp_path / "run")
     with pytest.raises(InputError, match=words):
         page.write(tmp_path / "run" / page.FILE, [page.read(tmp_path / "run")])
+
+
+def test_a_run_that_never_began_is_not_called_finished(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / metrics.FILE).write_text("")
+    page.write(tmp_path / "run" / page.FILE, [page.read(tmp_path / "run")])
+    text = (tmp_path / "run" / page.FILE).read_text()
+    assert "not begun" in text
+    assert "finished" not in text
+
+
+def test_more_runs_than_colours_can_be_told_apart(run, tmp_path):
+    folders = [shutil.copytree(run, tmp_path / f"run{number}") for number in range(page.COLOURS + 2)]
+    page.write(tmp_path / "all.html", [page.read(folder) for folder in folders])
+    parsed = Page((tmp_path / "all.html").read_text())
+    keys = {made["class"] for _, made in parsed.elements if (made.get("class") or "").startswith("key c")}
+    assert {"key c0 line", "key c0 line again", "key c1 line again"} <= keys
+    assert "key c2 line again" not in keys
 
 
 def test_the_command_says_so_and_exits_with_2(run_command, tmp_path):
