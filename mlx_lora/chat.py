@@ -2,8 +2,8 @@
 
 import json
 import re
-from bisect import bisect_left
-from collections.abc import Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,14 +57,14 @@ def tokenize(row: dict[str, Any], tokenizer: Any, loss_on: str) -> tuple[list[in
     false or ``weight`` 0 is left out. Raises InputError where the template does not let an answer be told from the
     rest.
     """
-    messages, learned = _checked(row)
+    messages, learned = checked(row)
     tools = row.get("tools")
     text = render(messages, tokenizer, tools)
     check_tools(messages, tools, tokenizer, text)
     _check_reasoning(messages, tools, tokenizer, text)
     encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-    tokens, starts = list(encoding.ids), [start for start, _ in encoding.offsets]
-    rendered = _Rendered(messages, tools, tokenizer, text, tokens, starts)
+    tokens, (starts, ends) = list(encoding.ids), zip(*encoding.offsets, strict=True) if encoding.offsets else ((), ())
+    rendered = _Rendered(messages, tools, tokenizer, text, tokens, starts, ends)
     if loss_on == "all":
         if not all(learned):
             raise InputError(f"message {learned.index(False) + 1} is not to be trained on, but data.loss_on is all")
@@ -106,7 +106,8 @@ class _Rendered:
         tokenizer: Any,
         text: str,
         tokens: list[int],
-        starts: list[int],  # in the text, of each token
+        starts: Sequence[int],  # in the text, of each token
+        ends: Sequence[int],
     ) -> None:
         self.messages = messages
         self.tools = tools
@@ -114,12 +115,14 @@ class _Rendered:
         self.text = text
         self.tokens = tokens
         self.starts = starts
+        self.ends = ends
         self.places = self._places()
 
     def answer(self, number: int) -> range:
-        """The tokens of an answer, from its prompt to its end of turn."""
+        """The tokens of an answer, from its prompt to its end of turn: also one that holds the prompt's last characters
+        together with its first ones."""
         begin = self._begin(number)
-        first = bisect_left(self.starts, begin)
+        first = bisect_right(self.ends, begin)
         return range(first, self._last(number, first, begin) + 1)
 
     def _places(self) -> dict[int, _Place] | None:
@@ -262,7 +265,11 @@ def check_tools(messages: list[dict[str, Any]], tools: Any, tokenizer: Any, text
     if tools and render(messages, tokenizer) == text:
         raise InputError("the model's chat template leaves out tools; use another model, or take them out")
     if any(message.get("tool_calls") for message in messages):
-        without = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
+        without = [
+            {key: value for key, value in message.items() if key != "tool_calls"}
+            | {"content": message.get("content") or ""}
+            for message in messages
+        ]
         if render(without, tokenizer, tools) == text:
             raise InputError(
                 "the model's chat template leaves out tool_calls; use another model, or write them as content"
@@ -301,7 +308,7 @@ def render(
         raise InputError(f"the chat template refuses it: {error}") from None
 
 
-def _checked(row: dict[str, Any]) -> tuple[list[dict[str, Any]], list[bool]]:
+def checked(row: dict[str, Any]) -> tuple[list[dict[str, Any]], list[bool]]:
     """The messages as templates read them, without ``train`` and ``weight``, and which of them these keys leave to be
     learned."""
     messages = row.get("messages")
@@ -313,6 +320,10 @@ def _checked(row: dict[str, Any]) -> tuple[list[dict[str, Any]], list[bool]]:
             raise InputError(f"message {number} has no role")
         learned.append(_learned(number, message))
         message = {key: value for key, value in message.items() if key not in ("train", "weight")}
+        if "function_call" in message:
+            raise InputError(f"message {number} has a function_call, which is not read; write it as tool_calls")
+        if isinstance(message.get("content"), list):
+            message["content"] = _joined(message["content"])
         calls = message.get("tool_calls")
         if isinstance(message.get("content"), str):
             pass
@@ -322,6 +333,13 @@ def _checked(row: dict[str, Any]) -> tuple[list[dict[str, Any]], list[bool]]:
             message["tool_calls"] = [_with_arguments(call) for call in calls]
         found.append(message)
     return found, learned
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Parts of text, as OpenAI's API takes them, in one; other parts as they are."""
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    strings = [text for text in texts if isinstance(text, str)]
+    return "".join(strings) if len(strings) == len(parts) else parts
 
 
 def _learned(number: int, message: dict[str, Any]) -> bool:

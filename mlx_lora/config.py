@@ -73,7 +73,9 @@ Column = Literal[
 
 class Source(Options):
     path: Name = Field(description="as data.train")
-    weight: float = Field(1.0, gt=0, le=1000, description="how often a row is seen in an epoch")
+    weight: float = Field(
+        1.0, gt=0, le=1000, description="how often a row is seen in an epoch; 0.5: half of them, always the same"
+    )
 
 
 class Data(Options):

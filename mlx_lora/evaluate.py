@@ -72,12 +72,12 @@ def _questions(rows: Iterable[Row], tokenizer: Any, config: Data, limit: int) ->
             break
         found = data.last_answer(row.content, config)
         if found is not None:
-            messages, answer = found
+            messages, tools, answer = found
             text = messages[-1].get("content") or ""
             if tokenizer.chat_template is None:
                 prompt = generation.prompt_tokens(tokenizer, text)
             else:
-                prompt = generation.chat_prompt(tokenizer, messages, row.content.get("tools"))
+                prompt = generation.chat_prompt(tokenizer, messages, tools)
             questions.append(Question(prompt, text, answer.strip()))
     if not questions:
         raise InputError("--answers needs rows that end with an answer")

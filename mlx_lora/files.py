@@ -21,10 +21,9 @@ LOCK = ".lock"
 
 def cache_folder(name: str) -> Path:
     """The folder of that name in ``$MLX_LORA_CACHE``, else in the user's cache; it need not exist."""
-    root = os.environ.get("MLX_LORA_CACHE")
-    return (
-        Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_lora"
-    ) / name
+    if root := os.environ.get("MLX_LORA_CACHE"):
+        return Path(root).expanduser() / name
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_lora" / name
 
 
 @contextmanager

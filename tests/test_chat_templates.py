@@ -1,5 +1,6 @@
 """Masks under the chat templates of real models: spelt out, and compared with the marks that trl put there."""
 
+import copy
 import re
 
 import pytest
@@ -277,3 +278,17 @@ def test_under_every_template_answers_are_found_or_refused(chat_templates):
     assert set(refused) == {
         f"{name}{kind}" for name in ("idefics3", "llava_next", "smolvlm") for kind in ("", "_training")
     }
+
+
+def test_a_token_of_the_prompt_s_end_and_the_answer_s_beginning_is_learned(tokenizer):
+    """SmolLM2's own tokens: a space, or line ends, go into one with what follows."""
+    template = "{% for m in messages %}{{ m.role | upper }}: {{ m.content }}{% if m.role == 'assistant' %}<|im_end|>"
+    template += "{% else %}\\n{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template
+    for asked, answer in ((changed, "Hello"), (changed, "The answer is forty-two."), (tokenizer, "    code")):
+        row = {"messages": [USER, {"role": "assistant", "content": answer}]}
+        tokens, supervised = chat.tokenize(row, asked, "assistant")
+        learned = asked.decode([token for token, is_learned in zip(tokens, supervised, strict=True) if is_learned])
+        assert answer.strip() in learned
+        assert "SSISTANT" not in learned

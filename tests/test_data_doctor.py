@@ -48,7 +48,7 @@ def test_good_rows_are_described_and_shown(examine, tiny_model, tmp_path):
     code, said = examine(GOOD)
     assert code == 0, said
     assert "no findings, none that would spoil a run" in said
-    digests = [int(data.digest([data.Row(row, "")])[:16], 16) for row in GOOD]
+    digests = [int(data.digest([data.Row(row | {"tools": None}, "")])[:16], 16) for row in GOOD]
     held_out = data.split(np.array(digests, np.uint64), 0.1)
     train = [row for row, out in zip(GOOD, held_out, strict=True) if not out]
     sides = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.startswith(("train ", "valid "))}
@@ -143,7 +143,10 @@ def test_the_rows_shown_can_be_chosen(examine):
         ([chat("Hi", "x" * 400)], ("data.max_seq_length=200",), 0, ["- truncated: 1 of 41 rows of train, by 223"]),
         ([], ("data.max_seq_length=45",), 2, ["! truncated: ", " of 40 rows of train"]),
         ([GOOD[3]] * 2, (), 0, ["- copies of other rows: 2 rows of train", "train.jsonl:41: the same as ", ":4"]),
-        ([chat("caf\u00c3\u00a9", "a")], (), 0, ["- UTF-8 that was read as Latin-1: 1 row of train", ":41: '\\xc3"]),
+        ([chat("caf\u00c3\u00a9", "a")], (), 0, ["- UTF-8 that was read as another encoding: 1 row", ":41: '\\xc3"]),
+        ([chat("Stra\u00c3\u0178e", "\u00f0\u0178\u02dc\u20ac")], (), 0, ["another encoding: 1 row of train"]),
+        ([chat("\u00d0\u0178\u00d1\u20ac\u00d0\u00b8", "a")], (), 0, ["another encoding: 1 row of train"]),
+        ([chat("\u00bbGR\u00dc\u00ab \u2013 CAF\u00c9\u2026", "a")], (), 0, None),
         ([chat("a\u200bb\ufffd", "a\x07")], (), 0, ["invisible char", "replacement char", "control characters"]),
         ([chat("Hi", "a<|im_end|>b")], (), 0, ["- text that the tokenizer reads as a control token: 1 row of train"]),
         ([chat("caf\u00e9 \u0645\u06cc\u200c\u062e \U0001f469\u200d\U0001f680", "\u20ac5")], (), 0, None),
@@ -215,3 +218,29 @@ def test_an_overlap_needs_equal_tokens():
 
     found = checks.overlap(side([1, 2, 7], [3, 8]), side([1, 2, 7], [1, 2, 9], [2, 1, 7], [8, 3]))
     assert [(list(finding.places), finding.spoils) for finding in found] == [(["v:1"], True), (["v:2"], False)]
+
+
+def test_a_broken_line_is_one_finding_among_others(examine, tmp_path):
+    (tmp_path / "broken.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*GOOD, GOOD[0]]) + "{broken\n")
+    changes = f"data.train={tmp_path / 'broken.jsonl'}", "data.valid=0"
+    ended, said = examine([], *changes, arguments=("--html", str(tmp_path / "page.html")))
+    assert ended == 2
+    assert "! of the wrong form: 1 row of train" in said
+    assert "- copies of other rows: 1 row of train" in said
+    assert "of the wrong form" in (tmp_path / "page.html").read_text()
+
+
+def test_no_row_commands_the_terminal(examine, tmp_path):
+    page = tmp_path / "page.html"
+    row = chat("\x1b[2J\x1b]0;x\x07\u202e" + "y" * 90, "\r\x9b1m")
+    _, said = examine([row], "data.valid=0", arguments=("--html", str(page)))
+    for text in (said, page.read_text()):
+        assert not set(text) & set("\x1b\x07\r\x9b\u202e")
+    assert "\\x1b" in said
+
+
+def test_rows_that_differ_in_their_number_alone_stay_on_one_side(examine):
+    numbered = [chat(f"Question {n}", "a" * n) | {"id": f"{n}{copy}"} for n in range(1, 41) for copy in "ab"]
+    ended, said = examine(numbered, "data.valid=0.2")
+    assert ended == 0, said
+    assert "also in train" not in said

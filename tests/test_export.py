@@ -5,6 +5,7 @@ import re
 import resource
 import warnings
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import mlx.core as mx
@@ -254,8 +255,11 @@ def test_llama_cpp_answers_the_quickstarts_held_out_prompts_as_we_do(quickstart,
     assert ended.returncode == 0, ended.stderr
     options = config_file.load(trained / "config.yaml")
     base = model.load(config.Model(path=str(smollm2_gguf)))
-    rows = data.load(options.data.model_copy(update={"train": str(ROOT / options.data.train)}))[1][:32]
-    asked = [data.last_answer(row.content, options.data)[0] for row in rows]
+    rows = options.data.model_copy(update={"train": str(ROOT / options.data.train)})
+    held_out = data.held_out(rows, base.tokenizer)
+    asked = [
+        data.last_answer(row.content, rows)[0] for row in islice(data.used_rows(held_out, rows.valid_paths, rows), 32)
+    ]
     prompts = [generation.chat_prompt(base.tokenizer, messages) for messages in asked]
     assert len(prompts) == 32
     adapter_files.load(base.model, trained)

@@ -195,13 +195,51 @@ def test_old_rows_are_forgotten_and_used_ones_are_not(options, byte_tokenizer, f
     assert len(list(folder.iterdir())) == 2
 
 
-def test_what_is_damaged_or_cannot_be_written_is_named(options, byte_tokenizer, folder, monkeypatch, tmp_path):
-    data.load(options().data, byte_tokenizer)
+def truncate(folder):
+    os.truncate(folder / "tokens.bin", 100)
+
+
+def unlearn(folder):
+    (folder / "supervised.bin").write_bytes(bytes((folder / "supervised.bin").stat().st_size))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncate,
+        unlearn,
+        lambda folder: (folder / "manifest.json").write_text("{}"),
+        lambda folder: os.truncate(folder / "manifest.json", 30),
+        lambda folder: (folder / "manifest.json").unlink(),
+        lambda folder: (folder / "records.bin").unlink(),
+    ],
+)
+def test_what_is_damaged_is_made_again(options, byte_tokenizer, folder, damage):
+    before = contents(data.load(options().data, byte_tokenizer)[0])
     (kept,) = folder.iterdir()
-    with (kept / "tokens.bin").open("ab") as stream:
-        stream.truncate(100)
-    with pytest.raises(InputError, match=f"{kept}: is damaged; remove it"):
-        data.load(options().data, byte_tokenizer)
+    damage(kept)
+    assert contents(data.load(options().data, byte_tokenizer)[0]) == before
+    assert list(folder.iterdir()) == [kept]
+
+
+def test_the_same_files_under_other_names_of_sources(options, byte_tokenizer, tmp_path):
+    """A folder, or its files with weights, whichever is read first."""
+    (tmp_path / "both").mkdir()
+    paths = [tmp_path / "both" / name for name in ("a.jsonl", "b.jsonl")]
+    for path, rows in zip(paths, (ROWS[:5], ROWS[5:10]), strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    apart = [Source(path=str(paths[0])), Source(path=str(paths[1]), weight=3.0)]
+    together = [Source(path=str(tmp_path / "both"), weight=2.0)]
+    for order in ((apart, together), (together, apart)):
+        sizes = {
+            id(train): len(data.load(options(train=train, valid=0.0).data, byte_tokenizer)[0].order) for train in order
+        }
+        assert sizes == {id(apart): 5 - 1 + 15, id(together): 2 * (10 - 1)}
+        for kept in files.cache_folder("rows").iterdir():
+            shutil.rmtree(kept)
+
+
+def test_a_cache_that_cannot_be_written_is_named(options, byte_tokenizer, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "file"))
     with pytest.raises(InputError, match=r"cannot be kept there .*; set MLX_LORA_CACHE"):

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -77,9 +78,12 @@ def test_compressed_files(tmp_path):
             (tmp_path / f"{name}{packed}").write_bytes(content)
             with pytest.raises(InputError, match=f"is not {packed} data, or damaged"):
                 data.read(tmp_path / f"{name}{packed}")
-    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(lines(ROWS * 100))[:-20])
-    with pytest.raises(InputError, match="damaged"):
-        data.read(tmp_path / "cut.jsonl.gz")
+    flushed = zstandard.ZstdCompressor().compressobj()
+    blocks = [flushed.compress(line) + flushed.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK) for line in [lines(ROWS)] * 9]
+    for name, content in (("gz", gzip.compress(lines(ROWS * 100))[:-20]), ("zst", b"".join(blocks[:5]))):
+        (tmp_path / f"cut.jsonl.{name}").write_bytes(content)
+        with pytest.raises(InputError, match="damaged"):
+            data.read(tmp_path / f"cut.jsonl.{name}")
 
 
 def test_parquet(tmp_path):
@@ -91,6 +95,12 @@ def test_parquet(tmp_path):
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
         assert contents(path) == rows
     assert data.read(path)[1].place == f"{path}:row 2"
+    calls = [
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": arguments}}]}]}
+        for arguments in ({"a": 2}, {"city": "Oslo", "days": [{"n": 1}]})
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(calls), path)
+    assert contents(path) == calls  # not with the other row's arguments as null
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(InputError, match="is not Parquet, or damaged"):
         data.read(path)
@@ -118,7 +128,40 @@ def test_a_folder_is_read_file_by_file_in_the_order_of_names(tmp_path):
     (tmp_path / "part-3.csv").write_text("text\n3a\n")
     (tmp_path / ".hidden.jsonl").write_text("{")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    assert [row["text"] for row in contents(tmp_path)] == ["1a", "1b", "2a", "2b", "3a"]
+    (tmp_path / "part-4.ndjson").write_bytes(lines([{"text": "4a"}]))
+    assert [row["text"] for row in contents(tmp_path)] == ["1a", "1b", "2a", "2b", "3a", "4a"]
+
+
+def test_nothing_in_a_folder_is_left_out_in_silence(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines(ROWS))
+    (tmp_path / "more").mkdir()
+    assert contents(tmp_path) == ROWS
+    for name, words in (
+        ("more/b.csv", "holds a folder of rows, more"),
+        ("b.jsonl.bz2", "b.jsonl.bz2, which cannot be"),
+    ):
+        (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(InputError, match=words):
+            data.read(tmp_path)
+        (tmp_path / name).unlink()
+    (tmp_path / "c.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(InputError, match="cannot be read"):
+        data.read(tmp_path)
+
+
+def test_a_pipe_is_refused_and_not_read_in_part(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(InputError, match=r"pipe.jsonl: cannot be read \(is a pipe\)"):
+        data.read(tmp_path / "pipe.jsonl")
+
+
+def test_files_of_another_kind_than_their_name_says(tmp_path):
+    (tmp_path / "rows.json").write_bytes(lines(ROWS))
+    with pytest.raises(InputError, match=r"one object a line\? then name it .jsonl"):
+        data.read(tmp_path / "rows.json")
+    (tmp_path / "rows.csv").write_text("prompt;completion\nHi;Hello!\n")
+    with pytest.raises(InputError, match=r"rows.csv:1: has semicolons between its cells"):
+        data.read(tmp_path / "rows.csv")
 
 
 def test_a_folder_that_holds_more_than_training_rows_is_refused(tmp_path):
@@ -313,7 +356,49 @@ def test_columns_of_other_names(tokenizer):
     assert formats.renamed(ROWS[0], swapped) == {"prompt": "Hello!", "completion": "Hi"}
     with pytest.raises(InputError, match=r"a:1: has no 'question', which data.columns names for prompt"):
         data.tokenize([Row(ROWS[0], "a:1")], tokenizer, renamed)
-    assert data.last_answer(row, renamed) == ([{"role": "user", "content": "Hi"}], "Hello!")
+    assert data.last_answer(row, renamed) == ([{"role": "user", "content": "Hi"}], None, "Hello!")
+
+
+def test_a_question_is_asked_as_it_is_trained_on():
+    """Tools under another name and as JSON text; a call's arguments as the JSON text that OpenAI sends."""
+    tool = {"type": "function", "function": {"name": "add"}}
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "2 + "}, {"type": "text", "text": "2?"}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": '{"a": 2}'}}]},
+        {"role": "tool", "content": "4"},
+        {"role": "assistant", "content": "4.", "train": True},
+    ]
+    found = data.last_answer(
+        {"messages": turns, "functions": json.dumps([tool])}, options(columns={"tools": "functions"})
+    )
+    before, tools, answer = found
+    assert (tools, answer) == ([tool], "4.")
+    assert before[0]["content"] == "2 + 2?"
+    assert before[1]["tool_calls"][0]["function"]["arguments"] == {"a": 2}
+
+
+def test_a_system_prompt_beside_the_messages_opens_them(tokenizer):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    system = {"role": "system", "content": "You are a pirate."}
+    beside = data.tokenize([Row({"system": "You are a pirate.", "messages": turns}, "a:1")], tokenizer, options())
+    within = data.tokenize([Row({"messages": [system, *turns]}, "a:1")], tokenizer, options())
+    assert beside.examples[0].tokens.tolist() == within.examples[0].tokens.tolist()
+    with pytest.raises(InputError, match="a:1: has a system and a system message"):
+        data.tokenize([Row({"system": "No.", "messages": [system, *turns]}, "a:1")], tokenizer, options())
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "has a history"),
+        ({"instruction": "a", "output": "b", "input": 0}, "input is not a string"),
+        ({"prompt": "a", "completion": "b", "system": False}, "system is not a string"),
+        ({"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]}, "function_call"),
+    ],
+)
+def test_what_is_not_read_is_no_secret(row, words, tokenizer):
+    with pytest.raises(InputError, match=f"a:1: .*{words}"):
+        data.tokenize([Row(row, "a:1")], tokenizer, options())
 
 
 def test_reasoning_can_be_dropped(tokenizer):
@@ -325,10 +410,16 @@ def test_reasoning_can_be_dropped(tokenizer):
         {"messages": [asked, {"role": "assistant", "content": "Hello!", "reasoning_content": "A greeting."}]},
         {"messages": [asked, {"role": "assistant", "content": "Hello!", "thinking": "A greeting."}]},
         {"prompt": "Hi", "completion": f"{thought}Hello!"},
+        {"prompt": "Hi", "completion": f"{thought}<think>Or not.</think>Hello!"},
+        {"prompt": "Hi", "completion": "It began in the prompt.\n</think>\n\nHello!"},
     ):
         dropped = data.tokenize([Row(row, "a:1")], tokenizer, options(reasoning="drop")).examples[0]
         expected = data.tokenize([Row(plain[0], "a:1")], tokenizer, options()).examples[0]
         assert dropped.tokens.tolist() == expected.tokens.tolist()
+    with pytest.raises(InputError, match="has no end"):
+        data.tokenize([Row({"prompt": "Hi", "completion": "<think>Hm"}, "a:1")], tokenizer, options(reasoning="drop"))
+    about = "Write <think> before and </think> after it."
+    assert formats._without_thought({"role": "assistant", "content": about})["content"] == about
     kept = data.tokenize([Row({"prompt": "Hi", "completion": f"{thought}Hello!"}, "a:1")], tokenizer, options())
     assert thought in tokenizer.decode(kept.examples[0].tokens.tolist())
 

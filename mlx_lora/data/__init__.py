@@ -388,8 +388,9 @@ def _add(
             f"holds {' and '.join(formats.KEYS[form])}, but {where} {' and '.join(formats.KEYS[first])}; a "
             "file's rows are of one form: put these in a file of their own (data.train takes a list)"
         )
-    tokens, supervised = _tokenize(replace(row, content=content), form, tokenizer, config)
-    sha = digest([row])
+    found = _content(content, form, config)
+    tokens, supervised = _tokenize(found, row.last, tokenizer, config)
+    sha = digest([replace(row, content=found)])  # the same whatever else a row holds, such as its number
     fields = {
         "whole": len(tokens),
         "source": source,
@@ -456,21 +457,26 @@ def _roles(row: dict[str, Any], form: str) -> str:
     return f" (roles: {', '.join(dict.fromkeys(roles))})" if roles and "assistant" not in roles else ""
 
 
-def _tokenize(row: Row, form: str, tokenizer: Any, config: Data) -> tuple[list[int], list[bool]]:
-    text = json.dumps(row.content, ensure_ascii=False, default=str)
+def _content(row: dict[str, Any], form: str, config: Data) -> dict[str, Any]:
+    """What `formats.content` gives of a row that is not too large."""
+    text = json.dumps(row, ensure_ascii=False, default=str)
     try:
         text.encode()
     except UnicodeEncodeError:
         raise InputError("holds text that is not valid Unicode (a lone surrogate)") from None
     if len(text) > MAX_CHARACTERS:
         raise InputError(f"holds {len(text):,} characters, more than {MAX_CHARACTERS:,}; split it into several rows")
-    found = formats.content(row.content, form, config)
+    return formats.content(row, form, config)
+
+
+def _tokenize(found: dict[str, Any], last: bool, tokenizer: Any, config: Data) -> tuple[list[int], list[bool]]:
+    """The tokens of a row's content, and which are supervised. `last`: nothing of its document follows."""
     if "text" in found:
         if config.loss_on in ("last", "completion"):
             raise InputError(f"a text row has no answer for data.loss_on: {config.loss_on}; use assistant or all")
         tokens = list(tokenizer.encode(found["text"]))
         end = tokenizer.eos_token_id
-        if row.last and tokens and end is not None and tokens[-1] != end:
+        if last and tokens and end is not None and tokens[-1] != end:
             tokens = [*tokens, end]
         return tokens, [True] * len(tokens)
     if "prompt" in found:
@@ -493,16 +499,17 @@ def _turns(found: dict[str, Any]) -> list[dict[str, Any]]:
     return [*opening, asked, {"role": "assistant", "content": found["completion"]}]
 
 
-def last_answer(row: dict[str, Any], config: Data) -> tuple[list[dict[str, Any]], str] | None:
-    """The messages before a row's last answer, and that answer; None for a row that does not end with one."""
+def last_answer(row: dict[str, Any], config: Data) -> tuple[list[dict[str, Any]], Any, str] | None:
+    """The messages before a row's last answer, the tools, and that answer, all as they are trained on; None for a row
+    that does not end with one."""
     row = formats.renamed(row, config)
     found = formats.content(row, formats.form(row, config), config)
     if "text" in found:
         return None
-    *before, last = found["messages"] if "messages" in found else _turns(found)
+    *before, last = chat.checked(found if "messages" in found else {"messages": _turns(found)})[0]
     if last["role"] != "assistant" or not last.get("content") or not before:
         return None
-    return before, last["content"]
+    return before, found["tools"], last["content"]
 
 
 def _plain_completion(found: dict[str, Any], tokenizer: Any, config: Data) -> tuple[list[int], list[bool]]:

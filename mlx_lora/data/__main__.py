@@ -29,7 +29,8 @@ def _main() -> None:
         raise InputError("--rows counts from 0")
     config = config_file.load(options.config, options.set)
     console = PatientConsole(highlight=False)
-    data.check(config.data, [*config.data.train_paths, *config.data.valid_paths])
+    for path in (*config.data.train_paths, *config.data.valid_paths):
+        next(data.entries(path), None)  # one that cannot be read is named before a tokenizer is fetched
     tokenizer = model.load(config.model, weights=False).tokenizer
     train, valid = data.examine(config.data, tokenizer, console.print)
     findings = checks.check("train", train, tokenizer, config.data)
@@ -42,11 +43,12 @@ def _main() -> None:
     notes = [padding(train_batches(config, train.examples))] if len(train.order) else []
     rows = shown(train, tokenizer, options.rows)
     spoiling = sum(finding.spoils for finding in findings)
-    verdict = f"{len(findings) or 'no'} findings, {spoiling or 'none'} that would spoil a run"
+    found = "1 finding" if len(findings) == 1 else f"{len(findings) or 'no'} findings"
+    verdict = f"{found}, {spoiling or 'none'} that would spoil a run"
     if options.html:
-        with files.writing(Path(options.html).parent), files.new_file(Path(options.html)) as path:
+        with files.writing(Path(options.html).parent), files.new_file(Path(options.html)) as html:
             text = page.page(options.config, sides, histogram, notes, rows, findings, verdict)
-            path.write_text(text, encoding="utf-8")
+            html.write_text(text, encoding="utf-8")
     _print(console, sides, histogram, notes, rows, findings)
     if options.html:
         console.print(f"the same as a page: {options.html}", markup=False, soft_wrap=True)

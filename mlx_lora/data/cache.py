@@ -9,9 +9,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,18 +48,23 @@ def rows(
 
     Raises InputError where the cache cannot be written.
     """
-    found = list(_files(paths))
+    by_path = [_files(path) for path in paths]
+    found = [file for files in by_path for file in files]
     if all(isinstance(file, Path) for file in found) and sum(Path(file).stat().st_size for file in found) < SMALL:
         store = Store()
         kept = fill(store)
         return store.close(), kept
-    folder = files.cache_folder("rows") / _key(found, tokenizer, config)
+    folder = files.cache_folder("rows") / _key(by_path, tokenizer, config)
     names = [str(file) for file in found]
     try:
-        if not (folder / MANIFEST).exists():
+        read = _read(folder, names)
+        if read is None:
+            shutil.rmtree(folder, ignore_errors=True)
             _make(folder, names, fill)
+            read = _read(folder, names)
+            assert read is not None
         os.utime(folder)
-        return _read(folder, names)
+        return read
     except OSError as error:
         raise InputError(
             f"{folder}: the tokenized rows cannot be kept there ({error.strerror or error}); set MLX_LORA_CACHE to a "
@@ -73,43 +78,36 @@ def _make(folder: Path, names: list[str], fill: Callable[[Store], Kept]) -> None
     try:
         with files.new_folder(folder) as temporary:
             kept = fill(Store(temporary))
-            sizes = {name: (temporary / name).stat().st_size for name in ARRAYS}
-            files.write_json(temporary / MANIFEST, {"files": names, "sizes": sizes, **asdict(kept)})
+            digests = {name: files.sha256(temporary / name) for name in ARRAYS}
+            files.write_json(temporary / MANIFEST, {"files": names, "sha256": digests, **asdict(kept)})
     except OSError:
         if not (folder / MANIFEST).exists():  # or another process was quicker
             raise
 
 
-def _read(folder: Path, names: list[str]) -> tuple[dict[str, np.ndarray], Kept]:
-    """What a folder holds, with the names that the files have now."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    sizes = {name: (folder / name).stat().st_size for name in ARRAYS}
-    if sizes != manifest["sizes"]:
-        raise InputError(f"{folder}: is damaged; remove it")
-    now = dict(zip(manifest["files"], names, strict=True))
+def _read(folder: Path, names: list[str]) -> tuple[dict[str, np.ndarray], Kept] | None:
+    """What a folder holds, with the names that the files have now; None where it is not there, or damaged."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if any(files.sha256(folder / name) != manifest["sha256"][name] for name in ARRAYS):
+            return None
+        now = dict(zip(manifest["files"], names, strict=True))
+        kept = Kept(*(manifest[field.name] for field in fields(Kept)))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
     def moved(text: str) -> str:
         name = next((name for name in now if text.startswith(f"{name}:")), "")
         return now.get(name, "") + text.removeprefix(name)
 
-    kept = Kept(
-        [moved(prefix) for prefix in manifest["prefixes"]],
-        manifest["notes"],
-        [moved(fault) for fault in manifest["faulty"]],
-        manifest["faults"],
-    )
-    return opened(folder), kept
+    return opened(folder), replace(kept, prefixes=[*map(moved, kept.prefixes)], faulty=[*map(moved, kept.faulty)])
 
 
-def _files(paths: list[str]) -> Iterator[Path | str]:
-    for path in paths:
-        if path.startswith(sources.HUB):
-            yield path
-        else:
-            yield from sources.files(Path(path))
+def _files(path: str) -> list[Path | str]:
+    return [path] if path.startswith(sources.HUB) else [*sources.files(Path(path))]
 
 
-def _key(found: list[Path | str], tokenizer: Any, config: Data) -> str:
+def _key(by_path: list[list[Path | str]], tokenizer: Any, config: Data) -> str:
     modules = [Path(chat.__file__), *(Path(__file__).with_name(f"{name}.py") for name in CODE)]
     parts: dict[str, Any] = {
         "code": hashlib.sha256(b"".join(module.read_bytes() for module in modules)).hexdigest(),
@@ -118,9 +116,12 @@ def _key(found: list[Path | str], tokenizer: Any, config: Data) -> str:
         "template": [tokenizer.chat_template, str(getattr(tokenizer, "_chat_template", None))],
         "stops": [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.eos_token_ids)],
         "options": config.model_dump(include=OPTIONS),
-        "files": [
-            [*sources.kind(file), files.sha256(file)] if isinstance(file, Path) else ["hub", sources.hub_digest(file)]
-            for file in found
+        "sources": [
+            [
+                [*sources.kind(file), files.sha256(file)] if isinstance(file, Path) else sources.hub_digest(file)
+                for file in found
+            ]
+            for found in by_path
         ],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -70,7 +70,7 @@ class Store:
         prefix, number = _split(example.place)
         record["prefix"], record["number"] = self.prefixes.setdefault(prefix, len(self.prefixes)), number
         record["kind"], record["ends"], record["start"] = kind, example.ends, self._tokens
-        record["note"] = self.notes.setdefault(note, len(self.notes)) if len(self.notes) < MAX_NOTES else 0
+        record["note"] = self.notes.setdefault(note, len(self.notes) if len(self.notes) < MAX_NOTES else 0)
         for name, value in fields.items():
             record[name] = value
         if kind <= PIECE:

@@ -4,6 +4,7 @@ import json
 import re
 from typing import Any
 
+from mlx_lora import chat
 from mlx_lora.config import Data
 from mlx_lora.errors import InputError
 
@@ -24,8 +25,8 @@ ROLES = {  # as sharegpt calls them
     "tool": "tool",
     "observation": "tool",
 }
-THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of a message
+# Thoughts before an answer; the first one may have begun in the prompt.
+THOUGHTS = re.compile(r"(\s*<think>(?:(?!</think>).)*</think>\s*)+|(?:(?!<think>).)*?</think>\s*", re.DOTALL)
 
 
 def renamed(row: dict[str, Any], config: Data) -> dict[str, Any]:
@@ -59,7 +60,9 @@ def content(row: dict[str, Any], form: str, config: Data) -> dict[str, Any]:
     if form == "text":
         return {"text": _string(row, "text")}
     if form == "alpaca":
-        prompt, more = _string(row, "instruction"), _string(row, "input") if row.get("input") else ""
+        if row.get("history"):
+            raise InputError("has a history, which is not read; write the conversation as messages")
+        prompt, more = _string(row, "instruction"), _string(row, "input") if row.get("input") is not None else ""
         prompt = f"{prompt}\n\n{more}" if more else prompt
         found: dict[str, Any] = {"prompt": prompt, "completion": _string(row, "output")}
     elif form == "completion":
@@ -70,13 +73,16 @@ def content(row: dict[str, Any], form: str, config: Data) -> dict[str, Any]:
             raise InputError(f"{KEYS[form][0]} is not a list of messages")
         if form == "sharegpt":
             messages = [_sharegpt(number, message) for number, message in enumerate(messages, 1)]
-            messages = [*_opening(row), *messages]
+        if opening := _system(row):
+            if isinstance(messages[0], dict) and messages[0].get("role") == "system":
+                raise InputError("has a system and a system message; keep one of them")
+            messages = [{"role": "system", "content": opening}, *messages]
         if config.reasoning == "drop":
             messages = [_without_thought(message) for message in messages]
         return {"messages": messages, "tools": _json(row.get("tools"))}
     if config.reasoning == "drop":
         found["completion"] = _without_thought({"role": "assistant", "content": found["completion"]})["content"]
-    return found | {"system": _string(row, "system") if row.get("system") else "", "tools": _json(row.get("tools"))}
+    return found | {"system": _system(row), "tools": _json(row.get("tools"))}
 
 
 def _sharegpt(number: int, message: Any) -> dict[str, Any]:
@@ -99,16 +105,20 @@ def _has_role(message: Any) -> bool:
     return isinstance(message, dict) and "role" in message
 
 
-def _opening(row: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{"role": "system", "content": _string(row, "system")}] if row.get("system") else []
+def _system(row: dict[str, Any]) -> str:
+    """The system prompt beside the rest of a row, "" for none."""
+    return _string(row, "system") if row.get("system") is not None else ""
 
 
 def _without_thought(message: Any) -> Any:
     if not isinstance(message, dict) or message.get("role") != "assistant":
         return message
-    kept = {key: value for key, value in message.items() if key not in THOUGHTS}
-    if isinstance(kept.get("content"), str) and (thought := THOUGHT.match(kept["content"])):
-        kept["content"] = kept["content"][thought.end() :]
+    kept = {key: value for key, value in message.items() if key not in chat.REASONING}
+    if isinstance(content := kept.get("content"), str):
+        thoughts = THOUGHTS.match(content)
+        kept["content"] = content[thoughts.end() :] if thoughts else content
+        if kept["content"].lstrip().startswith("<think>"):
+            raise InputError("an answer's <think> has no end, so data.reasoning: drop cannot take it out")
     return kept
 
 

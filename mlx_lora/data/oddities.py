@@ -4,9 +4,16 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+# What bytes that continue a character of UTF-8 are in Windows-1252, but those that end words there.
+CONTINUED = (
+    "\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2018\u201a\u201c\u201e\u2020-\u2022"
+)
+CONTINUED += "\u2030\u2039\u203a\u20ac\u2122"
+MISREAD = f"\u00c3[{CONTINUED}]|\u00e2\u20ac|\u00c2[\u00a0-\u00bf]|\u00f0\u0178|"
+MISREAD += f"(?:[\u00d0\u00d1][{CONTINUED}]){{2}}"
 CHARACTERS = {
     "replacement characters, of text that was decoded wrongly": "\ufffd",
-    "UTF-8 that was read as Latin-1": "\u00c3[\u0080-\u00bf]|\u00e2\u20ac|\u00c2[\u00a0-\u00bf]",
+    "UTF-8 that was read as another encoding": MISREAD,
     "control characters": "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]",
     "invisible characters": "[\u00ad\u200b\u2060\ufeff]",
     "characters that turn the direction of writing": "[\u202a-\u202e\u2066-\u2069]",

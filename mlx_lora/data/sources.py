@@ -5,6 +5,7 @@ A file holds one JSON object a line (.jsonl), a list of them (.json), a table (.
 """
 
 import csv
+import errno
 import gzip
 import hashlib
 import io
@@ -22,10 +23,12 @@ from mlx_lora.errors import InputError
 from mlx_lora.files import finite
 
 HUB = "hub:"
+PACKED = 4096  # bytes that are decompressed at a time: what they grow to is bounded
 COMPRESSED = (".gz", ".zst")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 TEXTS = (".txt", ".md")
-SUFFIXES = (".jsonl", ".json", ".parquet", *DELIMITERS, *TEXTS)
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", *DELIMITERS, *TEXTS)
+UNREAD = {".arrow", ".bz2", ".feather", ".tar", ".tgz", ".xls", ".xlsx", ".xz", ".zip"}
 HELD_OUT = {"valid", "validation", "val", "dev", "test", "eval"}  # names of files that nobody means to train on
 CHARACTERS = 3  # of a token, at least, in most languages
 MAX_LISTED = 20
@@ -56,7 +59,7 @@ def entries(path: str | Path, longest: int = 2048) -> Iterator[Row | str]:
     for entry in found:
         yield entry
     if entry is None:
-        raise InputError(f"{path}: holds no rows; write one JSON object a line")
+        raise InputError(f"{path}: holds no rows; put some into it")
 
 
 def read(path: str | Path, longest: int = 2048) -> list[Row]:
@@ -89,12 +92,21 @@ def files(path: Path) -> list[Path]:
     """The file itself, or a folder's files of rows in the order of their names."""
     try:
         if not path.is_dir():
+            if path.is_fifo() or path.is_socket():  # rows are read several times
+                raise OSError(errno.EINVAL, "is a pipe")
             with finite(path).open("rb"):
                 return [path]
-        found = [file for file in sorted(path.iterdir()) if not file.name.startswith(".") and file.is_file()]
+        inside = [file for file in sorted(path.iterdir()) if not file.name.startswith(".")]
+        for file in inside:
+            if file.is_dir() and any(kind(each)[0] in SUFFIXES for each in file.iterdir()):
+                raise InputError(f"{path}: holds a folder of rows, {file.name}; name it, too: data.train takes a list")
+            if kind(file)[0] in SUFFIXES or kind(file)[1]:
+                finite(file).stat()  # a broken link has none
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from None
-    found = [file for file in found if kind(file)[0] in SUFFIXES]
+    if unread := [file.name for file in inside if file.suffix.lower() in UNREAD]:
+        raise InputError(f"{path}: holds {unread[0]}, which cannot be read here; convert it, or move it elsewhere")
+    found = [file for file in inside if kind(file)[0] in SUFFIXES and file.is_file()]
     if not found:
         raise InputError(f"{path}: holds no files of rows ({', '.join(SUFFIXES)})")
     held_out = [file.name for file in found if re.split(r"[.\-_]", file.name.lower())[0] in HELD_OUT]
@@ -146,10 +158,7 @@ def _opened(path: Path, packed: str) -> Iterator[BinaryIO]:
             if packed == ".gz":
                 stream = opened.enter_context(gzip.GzipFile(fileobj=stream))
             elif packed == ".zst":
-                import zstandard
-
-                stream = zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True)
-                stream = opened.enter_context(io.BufferedReader(stream))
+                stream = opened.enter_context(io.BufferedReader(_Frames(stream)))
             yield stream
         except ModuleNotFoundError:
             raise _missing(path, "zstandard") from None
@@ -161,6 +170,38 @@ def _opened(path: Path, packed: str) -> Iterator[BinaryIO]:
             if not packed:
                 raise
             raise InputError(f"{path}: is not {packed} data, or damaged ({error})") from None
+
+
+class _Frames(io.RawIOBase):
+    """What the frames of a .zst file hold. zstandard's own reader takes a file that is cut off for a whole one."""
+
+    def __init__(self, packed: BinaryIO) -> None:
+        import zstandard
+
+        self._packed = packed
+        self._decompressor = zstandard.ZstdDecompressor()
+        self._frame: Any = None
+        self._read = self._unpacked = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._unpacked:
+            self._read = self._read or self._packed.read(PACKED)
+            if self._frame is None and self._read:
+                self._frame = self._decompressor.decompressobj()
+            elif not self._read:
+                if self._frame is not None:
+                    raise EOFError("it is cut off")
+                return 0
+            self._unpacked = self._frame.decompress(self._read)
+            self._read = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame = None
+        size = min(len(buffer), len(self._unpacked))
+        buffer[:size], self._unpacked = self._unpacked[:size], self._unpacked[size:]
+        return size
 
 
 def _unreadable(path: Path, error: OSError | ValueError) -> InputError:
@@ -210,7 +251,8 @@ def _list(path: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not UTF-8 (byte {error.start}); convert it to UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}:{getattr(error, 'lineno', 1)}: is not valid JSON ({error})") from None
+        lines = "; one object a line? then name it .jsonl" if str(error).startswith("Extra data") else ""
+        raise InputError(f"{path}:{getattr(error, 'lineno', 1)}: is not valid JSON ({error}){lines}") from None
     if not isinstance(found, list):
         raise InputError(f"{path}: is not a list of rows; a .json file holds one list, a .jsonl file one row a line")
     for number, entry in enumerate(found, 1):
@@ -254,6 +296,8 @@ def _table(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tuple[s
         elif names is None:
             names = [name.strip() for name in cells]
             named = list(filter(None, names))
+            if len(named) == 1 and delimiter == "," and ";" in named[0]:
+                raise InputError(f"{path}:1: has semicolons between its cells; save it with commas")
             if not named or len(set(named)) < len(named):
                 raise InputError(f"{path}:1: is no header; the first line names each column, once")
         elif len(cells) == len(names):
@@ -274,9 +318,18 @@ def _parquet(path: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
         for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(1024):
             for entry in batch.to_pylist():
                 number += 1
-                yield f"row {number}", entry
+                yield f"row {number}", _without_nulls(entry)
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path}: is not Parquet, or damaged ({' '.join(str(error).split())})") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the keys that a table has for the sake of other rows: one that a row had not is null in Arrow. A message
+    may have null for its content."""
+    if isinstance(value, dict):
+        kept = {key: each for key, each in value.items() if each is not None or key == "content"}
+        return {key: _without_nulls(each) for key, each in kept.items()}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def _pieces(path: Path, lines: Iterable[str], characters: int) -> Iterator[Row]:
@@ -308,7 +361,7 @@ def _pieces(path: Path, lines: Iterable[str], characters: int) -> Iterator[Row]:
 def _hub(name: str) -> Iterator[Row | str]:
     """The rows of a data set as `datasets` gives them; no code that it brings is run."""
     for number, entry in enumerate(_data_set(name), 1):
-        yield Row(entry, f"{name}:row {number}")
+        yield Row(_without_nulls(entry), f"{name}:row {number}")
 
 
 def hub_digest(name: str) -> str:

@@ -1,5 +1,6 @@
 """What a person wants to see of rows: counts, lengths, and a few of them token by token."""
 
+import re
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -7,6 +8,8 @@ import numpy as np
 
 from mlx_lora.data import Dataset
 
+# What a terminal would obey, or turns the direction of writing.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 FIRST, LAST = 140, 40  # tokens of a row that are shown
 
 
@@ -100,4 +103,6 @@ def shown(dataset: Dataset, tokenizer: Any, number: int) -> list[Shown]:
 
 def _word(token: int, tokenizer: Any) -> str:
     word = str(tokenizer.decode([token]))
-    return f"<{token}>" if "\ufffd" in word or not word else word  # a part of a character
+    if "\ufffd" in word or not word:  # a part of a character
+        return f"<{token}>"
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), word)
