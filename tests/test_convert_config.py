@@ -19,7 +19,7 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import load_dataset
 from mlx_lm.tuner.utils import build_schedule, linear_to_lora_layers
 
-from mlx_lora import config, config_file, config_forms, convert_config, finetune
+from mlx_lora import config, config_file, config_forms, convert_config, data, finetune
 from mlx_lora.config import Config, Lora, Train
 from mlx_lora.config_forms import hugging_face
 from mlx_lora.config_forms import mlx_lm as mlx_lm_form
@@ -240,7 +240,8 @@ def test_every_option_of_mlx_lm_is_known(convert):
     """None of them is listed as if it had no meaning here, but those that have none."""
     _, text = convert({**mlx_lm_lora.CONFIG_DEFAULTS, "data": "rows", "report_to": "wandb"})
     listed = {line.split(":")[0].removeprefix("#   ") for line in text.splitlines() if line.startswith("#   ")}
-    assert listed <= {"val_batches", "test_batches", "report_to"}
+    assert listed <= {"val_batches", "test_batches"}
+    assert "report_to: [wandb]" in text
 
 
 def test_an_iteration_of_mlx_lm_is_a_micro_batch(convert):
@@ -297,6 +298,77 @@ def test_mask_prompt_depends_on_the_rows(convert, tmp_path, rows, masked, loss_o
     ours, text = convert({"iters": 10, "mask_prompt": masked, "data": str(tmp_path)})
     assert (ours.data.loss_on, ours.data.valid) == (loss_on, 0)
     assert "there is no" in text
+
+
+QUESTIONS = [{"question": f"Say {letter}.", "answer": letter, "text": "x"} for letter in "abcd"]
+TALKS = [
+    {"talk": [{"role": "user", "content": f"Say {letter}."}, {"role": "assistant", "content": letter}]}
+    for letter in "abcd"
+]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "features"),
+    [
+        (QUESTIONS, {"prompt_feature": "question", "completion_feature": "answer"}),
+        (QUESTIONS, {"prompt_feature": "question", "completion_feature": "answer", "chat_feature": "talk"}),
+        (QUESTIONS, {"text_feature": "question"}),
+        (TALKS, {"chat_feature": "talk"}),
+        (TALKS, {"prompt_feature": "question", "completion_feature": "answer", "chat_feature": "talk"}),
+        ([row | {"prompt": "a", "completion": "b"} for row in TALKS], {}),
+    ],
+)
+def test_rows_are_read_as_mlx_lm_reads_them(convert, tiny_model, tmp_path, rows, features, masked):
+    """Tokens and which of them are learned, of a folder's rows and of the same as `hf_dataset`."""
+    if masked and "text_feature" in features:
+        pytest.skip("mlx-lm masks no texts")
+    halves = [tmp_path / "train.jsonl", tmp_path / "more.jsonl"]
+    for half, part in zip(halves, (rows[:2], rows[2:]), strict=True):
+        half.write_text("".join(json.dumps(row) + "\n" for row in part))
+    theirs = {"model": str(tiny_model), "train": True, "iters": 1, "mask_prompt": masked, "data": str(tmp_path)}
+    _assert_same_rows(convert, theirs | features, 2)
+    sets = [
+        {"path": "json", "train_split": "train", "config": {"data_files": str(half), "cache_dir": str(tmp_path / "hf")}}
+        for half in halves
+    ]
+    if len(features) < 3:  # without rows at hand nothing tells which of several features they have
+        _assert_same_rows(convert, theirs | {"hf_dataset": [one | features for one in sets]}, 4)
+
+
+def _assert_same_rows(convert: Any, theirs: dict[str, Any], number: int) -> None:
+    ours, _ = convert(theirs)
+    tokenizer = mlx_lm.utils.load_tokenizer(Path(theirs["model"]))
+    examples = data.load(ours.data.model_copy(update={"valid": 0.0}), tokenizer)[0].examples
+    expected = load_dataset(SimpleNamespace(**mlx_lm_lora.CONFIG_DEFAULTS | theirs), tokenizer)[0]
+    assert len(examples) == len(expected) == number
+    for example, row in zip(examples, (expected.process(expected[index]) for index in range(number)), strict=True):
+        assert example.tokens.tolist() == row[0]
+        end = len(row[0]) - (2 if theirs["mask_prompt"] else 1)  # we learn no newline after the end of the turn
+        assert example.supervised.tolist()[: end + 1] == [place >= row[1] for place in range(end + 1)]
+
+
+def test_data_sets_of_the_hub_keep_their_splits(convert):
+    one = {"path": "billsum", "prompt_feature": "text", "completion_feature": "summary", "test_split": "test[:9]"}
+    ours, text = convert({"iters": 9, "mask_prompt": True, "hf_dataset": one | {"config": {"name": "en"}}})
+    assert (ours.data.train, ours.data.valid) == ("hub:billsum@en:train[:80%]", "hub:billsum@en:train[-10%:]")
+    assert ours.data.columns == {"prompt": "text", "completion": "summary"}
+    assert (ours.data.format, ours.data.loss_on) == ("completion", "completion")
+    assert "Without a counterpart" not in text
+    other = {"path": "a/b", "train_split": "train", "chat_feature": "talk", "config": {"revision": "v1"}}
+    ours, text = convert({"iters": 9, "mask_prompt": True, "hf_dataset": [one, other]})
+    assert ours.data.train == ["hub:billsum:train[:80%]", "hub:a/b:train"]
+    assert (ours.data.columns, ours.data.format, ours.data.loss_on) == ({}, "auto", "assistant")
+    for said in ("features that differ", "revision: v1", "of the first alone"):
+        assert said in text
+
+
+def test_mlx_lm_reports_to_wandb(convert):
+    ours, text = convert({"iters": 9, "report_to": "WandB, swanlab", "project_name": "mine", "num_layers": 4})
+    assert ours.log.report_to == ["wandb"]
+    assert "with WANDB_PROJECT=mine in the environment" in text
+    assert "report_to: swanlab" in text
+    assert "project_name" not in text
 
 
 def test_a_trained_adapter_tells_its_options(convert):
@@ -384,7 +456,13 @@ def test_axolotls_qlora_example(convert):
     assert ours.train.optimizer == config.AdamW(weight_decay=0)
     assert (ours.train.learning_rate, ours.train.gradient_checkpointing, ours.train.seed) == (2e-4, True, 42)
     assert ours.output_dir == "./outputs/qlora-out"
-    for said in ("alpaca rows there", "sample_packing", "loss_watchdog_threshold: 5.0", "adamw_bnb_8bit there"):
+    assert ours.data.format == "alpaca"
+    for said in (
+        "alpaca rows: their prompts are written by the chat template here",
+        "sample_packing",
+        "loss_watchdog_threshold: 5.0",
+        "adamw_bnb_8bit there",
+    ):
         assert said in text
     hardware = next(line for line in text.splitlines() if "attn_implementation" in line)
     assert "bf16" in hardware
@@ -407,12 +485,77 @@ def test_axolotls_other_ways(convert):
         "max_steps: 50\nlora_r: 16\nlora_alpha: 8\npeft_use_rslora: true\ncosine_min_lr_ratio: 0.1\n"
         "early_stopping_patience: 3\nlora_model_dir: old\npeft_layers_to_transform: [0, 1]\n"
     )
-    assert (ours.data.train, ours.data.valid, ours.data.loss_on) == ("rows.jsonl", "valid.jsonl", "all")
+    assert ours.data.train == ["rows.jsonl", "hub:more/rows"]
+    assert (ours.data.valid, ours.data.loss_on) == ("valid.jsonl", "all")
     assert (ours.data.on_overflow, ours.train.epochs, ours.train.max_steps) == ("error", None, 50)
     assert (ours.lora.alpha, ours.lora.start_from, ours.lora.layers) == (32.0, "old", [0, 1])
     assert (ours.train.schedule.min_lr, ours.eval.early_stopping) == (pytest.approx(2e-5), 3)
-    for said in ("field_messages", "more/rows", "full fine-tuning", "rank-stabilized: 8 x sqrt(16)"):
+    for said in ("columns that differ", "full fine-tuning", "rank-stabilized: 8 x sqrt(16)"):
         assert said in text
+
+
+@pytest.mark.parametrize(
+    ("one", "form", "columns", "said"),
+    [
+        ({"type": "alpaca"}, "alpaca", {}, "written by the chat template here"),
+        ({"type": "alpaca:chat"}, "alpaca", {}, "alpaca:chat rows"),
+        ({"type": "alpaca_chat.load_qa"}, "completion", {"prompt": "question", "completion": "answer"}, "load_qa rows"),
+        ({"type": "completion", "field": "body"}, "text", {"text": "body"}, ""),
+        ({"type": "sharegpt.load_role"}, "sharegpt", {}, ""),
+        ({"type": "chat_template"}, "messages", {}, ""),
+        ({"type": "chat_template", "field_messages": "talk", "field_tools": "functions"}, "messages",
+         {"messages": "talk", "tools": "functions"}, ""),
+        ({"type": "chat_template", "field_messages": "conversations",
+          "message_property_mappings": {"role": "from", "content": "value"}}, "sharegpt", {}, ""),
+        ({"type": "chat_template", "message_field_role": "from", "message_field_content": "value"}, "sharegpt",
+         {"conversations": "messages"}, ""),
+        ({"type": "chat_template", "message_property_mappings": {"role": "who"}}, "messages", {}, ": who, content"),
+        ({"type": "chat_template", "train_on_eos": "all"}, "messages", {}, "train_on_eos: all"),
+        ({"type": "chat_template", "roles": {"user": ["me"]}}, "messages", {}, "datasets: roles"),
+        ({"type": {"field_instruction": "q", "field_output": "a", "format": "Q: {instruction}"}}, "alpaca",
+         {"instruction": "q", "output": "a"}, "datasets: type: format: Q: {instruction}"),
+        ({"type": "oasst"}, "auto", {}, "datasets: type: oasst"),
+    ],
+)  # fmt: skip
+def test_axolotls_rows(convert, one, form, columns, said):
+    ours, text = convert({"base_model": "a/b", "adapter": "lora", "learning_rate": 1e-4, "lora_r": 8, "lora_alpha": 8,
+                          "datasets": [{"path": "rows.jsonl", "ds_type": "json", **one}]})  # fmt: skip
+    assert (ours.data.train, ours.data.format, ours.data.columns) == ("rows.jsonl", form, columns)
+    assert (ours.data.loss_on, ours.data.on_overflow) == (("all", "split") if form == "text" else ("assistant", "drop"))
+    assert said in text
+    assert ("Without a counterpart" in text) == (": " in said)
+
+
+def test_axolotls_data_sets(convert):
+    """Every one is read, with its configurations and splits; the templates of all have to be one."""
+    theirs = {"base_model": "a/b", "adapter": "lora", "learning_rate": 1e-4, "val_set_size": 0.1}
+    sets = [
+        {"path": "me/rows", "name": ["en", "de"], "split": "train[:500]", "type": "chat_template"},
+        {"path": "json", "data_files": ["a.jsonl", "b.jsonl"], "type": "chat_template", "split": "train[:9]"},
+    ]
+    ours, text = convert(theirs | {"datasets": sets, "test_datasets": [{"path": "me/rows", "type": "chat_template"}]})
+    assert ours.data.train == ["hub:me/rows@en:train[:500]", "hub:me/rows@de:train[:500]", "a.jsonl", "b.jsonl"]
+    assert (ours.data.valid, ours.data.format) == ("hub:me/rows:test", "messages")
+    assert "datasets: split: train[:9] (files are read whole)" in text
+    jinja = {"chat_template": "jinja", "chat_template_jinja": "my.jinja", "chat_template_kwargs": {"short": True}}
+    ours, text = convert(theirs | {"datasets": sets} | jinja)
+    assert (ours.model.chat_template, ours.model.template_kwargs) == ("my.jinja", {"short": True})
+    ours, text = convert(theirs | {"datasets": [sets[0] | {"chat_template_jinja": "{{ 1 }}"}, sets[1]]})
+    assert ours.model.chat_template is None
+    assert "datasets: chat_template (one holds for all sources)" in text
+    ours, text = convert(theirs | {"datasets": sets, "chat_template": "chatml"})
+    assert (ours.model.chat_template, text.count("chat_template: chatml")) == (None, 1)
+    ours, _ = convert(theirs | {"pretraining_dataset": [{"path": "me/texts", "text_column": "body"}]})
+    assert (ours.data.format, ours.data.columns, ours.data.on_overflow) == ("text", {"text": "body"}, "truncate")
+
+
+def test_axolotls_trackers(convert):
+    ours, text = convert(
+        AXOLOTL_LORA + "wandb_project: mine\nwandb_mode: offline\nuse_tensorboard: true\nuse_mlflow: true\n"
+    )
+    assert ours.log.report_to == ["tensorboard", "wandb"]
+    assert "with WANDB_PROJECT=mine WANDB_MODE=offline in the environment" in text
+    assert "use_mlflow: True" in text
 
 
 # ---- Hugging Face ----------------------------------------------------------------------------------------------------
@@ -434,7 +577,13 @@ def test_unsloths_config_in_groups(convert):
     assert (ours.model.path, ours.data.train, ours.data.loss_on) == ("unsloth/Qwen3-4B", "rows.jsonl", "assistant")
     assert (ours.lora.rank, ours.lora.alpha, ours.lora.target_modules) == (64, 16 * 8, ["q_proj", "v_proj"])
     assert (ours.train.epochs, ours.train.learning_rate, ours.train.batch_size) == (2, 2e-4, 2)
-    assert "enable_wandb" in text
+    assert ours.log.report_to == ["wandb"]
+    ours, text = convert(UNSLOTH_TRAIN.replace("[rows.jsonl]", "[a.jsonl, b.csv]").replace(
+        "enable_wandb: true", "enable_tensorboard: true, tensorboard_dir: tb, wandb_token: s3cret, hf_token: s3cret"
+    ))  # fmt: skip
+    assert (ours.data.train, ours.log.report_to) == (["a.jsonl", "b.csv"], ["tensorboard"])
+    assert "tensorboard_dir: tb" in text
+    assert "s3cret" not in text
 
 
 def test_trls_config(convert):
@@ -442,12 +591,56 @@ def test_trls_config(convert):
     assert (ours.lora.rank, ours.lora.alpha, ours.lora.dropout) == (32, 32, 0.05)
     assert ours.lora.target_modules == ["q_proj", "v_proj"]
     assert ours.data.train == "hub:trl-lib/Capybara"
-    assert (ours.data.loss_on, ours.data.valid, ours.data.max_seq_length) == ("assistant", 0.05, 1024)
+    assert (ours.data.loss_on, ours.data.valid, ours.data.max_seq_length) == (
+        "assistant",
+        "hub:trl-lib/Capybara:test",
+        1024,
+    )
     assert (ours.train.schedule.min_lr, ours.train.max_grad_norm, ours.eval.every) == (pytest.approx(2e-5), None, 100)
     assert "eos_token" in text
     assert "full fine-tuning" not in text
     assert convert(TRL.replace("assistant_only_loss: true", ""))[0].data.loss_on == "all"
     assert "full fine-tuning" in convert(TRL.replace("use_peft: true", ""))[1]
+
+
+def test_trls_data(convert):
+    ours, text = convert(
+        TRL + "dataset_config: en\ndataset_train_split: train[:50]\ndataset_test_split: train[-50:]\n"
+        "dataset_text_field: body\nchat_template_path: my.jinja\nreport_to: [wandb, trackio]\nrun_name: me\n"
+    )
+    assert ours.data.train == "hub:trl-lib/Capybara@en:train[:50]"
+    assert ours.data.valid == "hub:trl-lib/Capybara@en:train[-50:]"
+    assert (ours.data.columns, ours.model.chat_template) == ({"text": "body"}, "my.jinja")
+    assert ours.log.report_to == ["wandb"]
+    for said in ("report_to: trackio", "run_name: me"):
+        assert said in text
+    ours, text = convert(TRL + "chat_template_path: HuggingFaceTB/SmolLM3-3B\nreport_to: all\n")
+    assert (ours.model.chat_template, ours.log.report_to) == (None, [])
+    for said in ("chat_template_path: HuggingFaceTB/SmolLM3-3B", "report_to: all"):
+        assert said in text
+
+
+def test_trls_mixtures(convert, tmp_path):
+    ours, text = convert(
+        TRL.replace("dataset_name: trl-lib/Capybara\n", "")
+        + "datasets: [{path: a/b, name: en, split: 'train[:9]', fraction: 0.3}, {path: json, data_files: rows.jsonl}]\n"
+        "test_split_size: 0.2\n"
+    )
+    assert (ours.data.train, ours.data.valid) == (["hub:a/b@en:train[:9]", "rows.jsonl"], 0.2)
+    assert "datasets: fraction: 0.3" in text
+
+
+@pytest.mark.slow  # importing TRL takes seconds
+def test_trl_reads_the_same_rows_of_a_mixture(convert, tmp_path):
+    from trl import DatasetMixtureConfig, get_dataset
+
+    files = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    for file, rows in zip(files, (ANSWERS[:3], ANSWERS[3:]), strict=True):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mixture = [{"path": "json", "data_files": str(file)} for file in files]
+    ours, _ = convert({"model_name_or_path": "a/b", "use_peft": True, "datasets": mixture, "max_steps": 3})
+    theirs = get_dataset(DatasetMixtureConfig(datasets=mixture))["train"]
+    assert [row.content for path in ours.data.train_paths for row in data.read(path)] == theirs.to_list() == ANSWERS
 
 
 def test_a_scripts_arguments_have_pefts_defaults(convert):

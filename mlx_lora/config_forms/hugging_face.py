@@ -4,14 +4,16 @@
 Facts from transformers 5.23 (training_args.py), PEFT 0.21 (tuners/lora/config.py, utils/constants.py), TRL 1.16
 (sft_config.py, model_config.py) and Unsloth 2026.10 (unsloth_cli/config.py): `max_steps` above 0 overrides epochs; a
 rank-stabilized scale is alpha / sqrt(rank); the rate decays to 0; `constant` has no warmup; `max_grad_norm: 0` does not
-clip; TRL learns whole conversations unless `assistant_only_loss`, and trains all weights unless `use_peft`.
+clip; `report_to` takes W&B's project from the environment, as we do; TRL learns whole conversations unless
+`assistant_only_loss`, and trains all weights unless `use_peft`; it evaluates the split `dataset_test_split`; a
+`chat_template_path` that ends in .jinja or .j2 is a file, another one a tokenizer whose tokens are added too.
 """
 
 import math
 import re
 from typing import Any
 
-from mlx_lora.config_forms.translation import Translation, rows
+from mlx_lora.config_forms.translation import Translation, columns, data_set, report, rows
 from mlx_lora.errors import InputError
 
 SIGNS = {
@@ -74,9 +76,6 @@ TOOLS: dict[str, dict[str, Any]] = {  # what each takes where nothing is said; P
 USUAL = {  # of TRL, where these values say what is done here
     "average_tokens_across_devices": True,
     "bnb_4bit_quant_type": "nf4",
-    "dataset_text_field": "text",
-    "dataset_train_split": "train",
-    "dataset_test_split": "test",
     "lora_task_type": "CAUSAL_LM",
     "loss_type": "nll",
     "packing_strategy": "bfd",
@@ -135,6 +134,7 @@ def translate(options: Translation) -> None:
     evaluation = _data(options, defaults)
     train(options, defaults)
     steps(options, evaluation)
+    _reports(options)
     options.set("output_dir", options.take("output_dir", "runs/from-trainer", str), of="output_dir")
 
 
@@ -224,17 +224,24 @@ def _patterns(options: Translation, targets: Any) -> str | list[str]:
 
 def _data(options: Translation, defaults: dict[str, Any]) -> str:
     """Sets the rows, and returns when there are evaluations."""
-    names = options.take("dataset_name")
-    first, *others = names if isinstance(names, list) and names else [names]
-    if first is not None and not isinstance(first, str):
-        raise options.fault("dataset_name", "is the name of a data set or file")
-    comment = "" if first else "the file names no rows: name yours"
-    options.set("data.train", rows(first or "data/train.jsonl"), comment, "dataset_name")
-    for other in others:
-        options.lose("dataset_name", other, "put the rows in one file")
     evaluation = options.take("eval_strategy", "no") or "no"  # YAML takes no for false
     if evaluation == "no":
         options.set("data.valid", 0.0, "no evaluation there; 0.05 holds out a twentieth", "eval_strategy")
+    names, mixture = options.take("dataset_name"), options.take("datasets")
+    if mixture:
+        options.lose("dataset_name", names, "datasets is what is read")
+        _mixture(options, mixture)
+    else:
+        _named(options, names if isinstance(names, list) else [names] if names else [], evaluation != "no")
+    text = options.take("dataset_text_field", "text", str)
+    columns(options, {"text": text}, "dataset_text_field")
+    template = options.take("chat_template_path", None, str)
+    if template is not None and template.endswith((".jinja", ".j2")):
+        options.set("model.chat_template", template, of="chat_template_path")
+    else:
+        options.lose(
+            "chat_template_path", template, "another tokenizer's template and tokens; name a file of the first"
+        )
     completion = options.take("completion_only_loss")
     if options.take("assistant_only_loss", False) or options.take("train_on_completions", False):
         options.set("data.loss_on", "assistant")
@@ -248,6 +255,56 @@ def _data(options: Translation, defaults: dict[str, Any]) -> str:
     if options.take("packing", False):
         options.set("data.packing", True, "a batch is batch_size rows here, max_length tokens each there", "packing")
     return str(evaluation)
+
+
+def _named(options: Translation, names: list[Any], evaluated: bool) -> None:
+    """Sets the rows by what `datasets` calls a data set, or by files."""
+    if not all(isinstance(name, str) for name in names):
+        raise options.fault("dataset_name", "is the name of a data set or file")
+    configuration = options.take("dataset_config", None, str)
+    split, other = options.take("dataset_train_split", "train", str), options.take("dataset_test_split", "test", str)
+    sources = [rows(name, configuration, None if split == "train" else split) for name in names]
+    comment = "" if names else "the file names no rows: name yours"
+    found = sources[0] if len(sources) == 1 else sources or "data/train.jsonl"
+    options.set("data.train", found, comment, "dataset_name")
+    if not any(source.startswith("hub:") for source in sources):
+        options.lose("dataset_config", configuration, "of data sets of the hub")
+        options.lose("dataset_train_split", split if split != "train" else None, "files are read whole")
+    elif evaluated and options.form in ("trl sft", "SFTConfig"):
+        comment = "of the first alone" if len(names) > 1 else ""
+        options.set("data.valid", rows(names[0], configuration, other), comment, "dataset_test_split")
+
+
+def _mixture(options: Translation, mixture: Any) -> None:
+    """Sets the rows by TRL's `datasets`, which are read one after the other."""
+    if not isinstance(mixture, list) or not all(isinstance(one, dict) for one in mixture):
+        raise options.fault("datasets", "is a list of groups such as {path: owner/name}")
+    sources = []
+    for one in mixture:
+        given = Translation(options.path, one, {})
+        split = given.take("split", "train", str)
+        sources += data_set(options, "datasets", given, None if split == "train" else split)
+        share = given.take("fraction")
+        options.lose("datasets: fraction", share, "a weight here is how often a row is seen: 0.5 for half of the rows")
+        for name, value in given.left():
+            options.lose(f"datasets: {name}", value)
+    options.set("data.train", sources[0] if len(sources) == 1 else sources, of="datasets")
+    if (share := options.take("test_split_size", None, float)) is not None:
+        options.set("data.valid", share, of="test_split_size")
+
+
+def _reports(options: Translation) -> None:
+    """Sets who is told. Unsloth's command has a switch for each."""
+    names = options.take("report_to", [])
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise options.fault("report_to", "is a name or a list of names")
+    switched = {name: options.take(f"enable_{name}", False) for name in ("tensorboard", "wandb")}
+    names = [name for name in names if name != "none"] + [name for name, on in switched.items() if on]
+    report(options, names, "report_to", {"project": options.take("wandb_project")})
+    folder = options.take("tensorboard_dir")
+    options.lose("tensorboard_dir", folder if switched["tensorboard"] else None, "below output_dir here")
+    options.drop({"run_name": "output_dir names the run"})
 
 
 def train(options: Translation, defaults: dict[str, Any]) -> None:

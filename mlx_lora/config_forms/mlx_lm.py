@@ -1,9 +1,11 @@
 """mlx-lm's options (`mlx_lm.lora --config`, and the adapter_config.json that it writes) → ours.
 
 Facts from mlx-lm 0.32.2 (lora.py; trainer.py, utils.py and datasets.py in tuner/): `iters` counts batches, of which
-`grad_accumulation_steps` make an update (a rest makes none), and reports, evaluations and saves count batches too;
-the schedule counts updates. `scale` is alpha / rank. Without `mask_prompt` every token is learned, with it the last
-answer. Nothing is clipped, and Adam is without bias correction.
+`grad_accumulation_steps` make an update (a rest makes none), and reports, evaluations and saves count batches too; the
+schedule counts updates. Rows that hold prompt_feature and completion_feature are these, else chat_feature, else
+text_feature; the parts of `hf_dataset` are read one after the other, of which each says its splits. `scale` is alpha /
+rank. Without `mask_prompt` every token is learned, with it the last answer. Nothing is clipped, and Adam is without
+bias correction.
 """
 
 import json
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora import files
-from mlx_lora.config_forms.translation import Translation, rows
+from mlx_lora.config_forms.translation import Translation, columns, data_set, report, rows
 
 SIGNS = {
     "lora_parameters", "iters", "num_layers", "fine_tune_type", "adapter_path", "steps_per_report", "steps_per_eval",
@@ -37,6 +39,11 @@ DEFAULTS: dict[str, Any] = {  # mlx-lm's, as far as they are asked for below
     "lora_parameters": {"rank": 8, "dropout": 0.0, "scale": 20.0},
     "mask_prompt": False,
 }
+FORMS = {  # what a row may hold, in the order in which mlx-lm looks: our names for what its features name
+    "completion": {"prompt": "prompt_feature", "completion": "completion_feature"},
+    "messages": {"messages": "chat_feature"},
+    "text": {"text": "text_feature"},
+}
 WHOLE_MODEL = ("model.", "language_model.")  # how a path that is none within a block begins
 OPTIMIZERS = {  # name: its options that are ours too
     "adam": ("betas", "eps"),
@@ -56,6 +63,9 @@ def translate(options: Translation) -> None:
     options.set("output_dir", folder, of="adapter_path")
     options.take("train")  # what the command does
     options.take("config")
+    project = options.take("project_name", None, str)
+    trackers = [name.strip().lower() for name in options.take("report_to", "", str).split(",") if name.strip()]
+    report(options, trackers, "report_to", {"project": project})
     options.drop(
         {
             "val_batches": "every evaluation scores all validation rows",
@@ -74,7 +84,23 @@ def _take(options: Translation, name: str, kind: type) -> Any:
 
 
 def _data(options: Translation) -> None:
-    folder, masked = _take(options, "data", str), _take(options, "mask_prompt", bool)
+    masked, sets = _take(options, "mask_prompt", bool), options.take("hf_dataset")
+    forms = [_folder(options)] if not sets else _sets(options, sets)
+    if not masked:
+        options.set("data.loss_on", "all", "without mask_prompt; assistant: the answers only", "mask_prompt")
+    elif forms == ["completion"]:
+        options.set("data.loss_on", "completion", "mask_prompt", "mask_prompt")
+    elif "completion" in forms:
+        options.set("data.loss_on", "assistant", "mask_prompt: of conversations only the last answer", "mask_prompt")
+    else:
+        comment = "mask_prompt: the last answer; assistant: all of them"
+        options.set("data.loss_on", "last", comment, "mask_prompt")
+    options.set("data.max_seq_length", _take(options, "max_seq_length", int), of="max_seq_length")
+
+
+def _folder(options: Translation) -> str:
+    """Sets the rows of `data`, a folder or a data set of the hub, and returns their form, as far as it can be told."""
+    folder = _take(options, "data", str)
     train, valid = Path(folder, "train.jsonl"), Path(folder, "valid.jsonl")
     if rows(folder) != folder:
         options.set("data.train", rows(folder), "a data set of the hub", "data")
@@ -85,16 +111,59 @@ def _data(options: Translation) -> None:
             options.set("data.valid", str(valid), "" if files.exists(valid) else "0 where there is none", "data")
         else:
             options.set("data.valid", 0.0, f"there is no {valid}", "data")
-    options.drop({"hf_dataset": "save its rows in a file", "prompt_feature": "", "completion_feature": ""})
-    options.drop({"chat_feature": "", "text_feature": ""})
-    if not masked:
-        options.set("data.loss_on", "all", "without mask_prompt; assistant: the answers only", "mask_prompt")
-    elif "completion" in _first_row(train):
-        options.set("data.loss_on", "completion", "mask_prompt", "mask_prompt")
+    form, names = _form(options, options, _first_row(train), "")
+    columns(options, names, "data")
+    if form:
+        options.set("data.format", form, "as mlx-lm sees it")
+    return form
+
+
+def _sets(options: Translation, sets: Any) -> list[str]:
+    """Sets the rows of `hf_dataset` and returns their forms, each once."""
+    sets = [sets] if isinstance(sets, dict) else sets
+    if not isinstance(sets, list) or not all(isinstance(one, dict) for one in sets):
+        raise options.fault("hf_dataset", "is a group such as {path: owner/name}, or a list of these")
+    sources, valid, found = [], [], []
+    for one in sets:
+        given = Translation(options.path, one, {})
+        split, held_out = given.take("train_split", "train[:80%]", str), given.take("valid_split", "train[-10%:]", str)
+        given.take("test_split")
+        given.take("mask_prompt")  # the whole run's holds
+        settings = Translation(options.path, given.take("config", {}, dict) | {"path": given.take("path")}, {})
+        sources += data_set(options, "hf_dataset", settings, split)
+        valid.append(sources[-1].removesuffix(split) + held_out if sources[-1].startswith("hub:") else "")
+        found.append(_form(options, given, {}, "hf_dataset: "))
+        for name, value in [*settings.left(), *given.left()]:
+            options.lose(f"hf_dataset: {name}", value)
+    options.take("data")  # is not read then
+    options.set("data.train", sources[0] if len(sources) == 1 else sources, of="hf_dataset")
+    if valid[0]:
+        options.set("data.valid", valid[0], "" if len(valid) == 1 else "of the first alone", "hf_dataset")
     else:
-        comment = "mask_prompt: the last answer; assistant: all of them"
-        options.set("data.loss_on", "last", comment, "mask_prompt")
-    options.set("data.max_seq_length", _take(options, "max_seq_length", int), of="max_seq_length")
+        options.set("data.valid", 0.1, "there valid_split", "hf_dataset")
+    form, names = found[0]
+    if found.count(found[0]) == len(found):
+        columns(options, names, "hf_dataset")
+        if form:
+            options.set("data.format", form, of="hf_dataset")
+    else:
+        options.lost.append("hf_dataset: features that differ (one data.columns holds for all sources)")
+    return list(dict.fromkeys(form for form, _ in found))
+
+
+def _form(options: Translation, given: Translation, row: dict[str, Any], of: str) -> tuple[str, dict[str, str]]:
+    """The form of rows ("": not known) and the names of their columns, by what `given` says of features; where a row is
+    at hand it is looked at as mlx-lm does."""
+    said = {feature: given.take(feature, None, str) for features in FORMS.values() for feature in features.values()}
+    for form, features in FORMS.items():
+        names = {ours: said[feature] or ours for ours, feature in features.items()}
+        if row and row.keys() >= set(names.values()):
+            return form, names
+        if not row and any(said[feature] for feature in features.values()):
+            for feature in said.keys() - features.values():
+                options.lose(of + feature, said[feature], f"where rows hold no {' and '.join(names.values())}")
+            return form, names
+    return "", {}
 
 
 def _first_row(path: Path) -> dict[str, Any]:

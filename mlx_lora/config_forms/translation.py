@@ -14,8 +14,11 @@ AROUND = re.compile(
     r"(bf|fp|tf|bfloat|float)\d+|.*(attention|attn|kernel|liger|fsdp|deepspeed|ddp|dataloader|torch_compile|offload"
     r"|num_proc|device_map).*|torch_empty_cache_steps|local_rank|max_memory|gpu_memory_limit|lora_on_cpu"
     r"|low_cpu_mem_usage|accelerator_config|gradient_checkpointing_kwargs|dataset_processes|pad_to_.*|padding_free|log_.*|logging_nan.*"
-    r"|hub_.*|per_device_eval_batch_size|eval_do_concat_batches|skip_memory_metrics|length_column_name|project"
+    r"|hub_.*|(hf|wandb|push_to_hub)_token|.*api_key|per_device_eval_batch_size|eval_do_concat_batches|skip_memory_metrics|length_column_name|project"
 )
+TRACKERS = ("tensorboard", "wandb")
+FORMATS = ("json", "csv", "parquet", "text")  # what `datasets` calls files that are no data set of the hub
+HUB = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".md", ".gz", ".zst")  # of files of rows
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list", dict: "a group"}
 
@@ -103,10 +106,52 @@ class Translation:
         return lines
 
 
-def rows(name: str) -> str:
+def rows(name: str, configuration: str | None = None, split: str | None = None) -> str:
     """A source of rows as data.train names it: what looks like a hub id and is not here is a data set of the hub."""
     hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and Path(name).suffix not in SUFFIXES and not files.exists(name)
-    return f"hub:{name}" if hub else name
+    return _hub(name, configuration, split) if hub else name
+
+
+def _hub(name: str, configuration: str | None, split: str | None) -> str:
+    return f"hub:{name}" + (f"@{configuration}" if configuration else "") + (f":{split}" if split else "")
+
+
+def data_set(options: Translation, of: str, given: Translation, split: str | None) -> list[str]:
+    """The sources that `datasets.load_dataset(path, name, data_files=..., split=split)` reads, one at least; what else
+    is in the group `given` is noted below `of`."""
+    path, configurations, held = given.take("path"), given.take("name"), given.take("data_files")
+    names = configurations if isinstance(configurations, list) else [configurations]
+    held = held.get("train") if isinstance(held, dict) else held
+    named = held if isinstance(held, list) else [held] if held else []
+    if not isinstance(path, str) or not all(isinstance(one, str) for one in [*named, *filter(None, names)]):
+        raise options.fault(of, "names a path, and if it likes a name and data_files, all of them text")
+    revision = given.take("revision")
+    if not files.exists(path) and path not in FORMATS and HUB.fullmatch(path) and Path(path).suffix not in SUFFIXES:
+        options.lose(f"{of}: data_files", named, "of a data set of the hub, all files are read")
+        options.lose(f"{of}: revision", revision, "the newest is read")
+        return [_hub(path, one, split) for one in names]
+    if split not in ("train", "test", "validation"):
+        options.lose(f"{of}: split", split, "files are read whole")
+    return named or [path]
+
+
+def columns(options: Translation, found: dict[str, str], of: str) -> None:
+    """Sets what their rows call ours; names that are ours already are no change."""
+    renamed = {ours: theirs for ours, theirs in found.items() if ours != theirs}
+    if renamed:
+        options.set("data.columns", renamed, of=of)
+
+
+def report(options: Translation, names: list[str], of: str, settings: dict[str, Any] | None = None) -> None:
+    """Sets log.report_to; `settings` are W&B's variables of the environment, without WANDB_ in front."""
+    for name in names:
+        if name not in TRACKERS:
+            options.lose(of, name, "only tensorboard and wandb are reported to")
+    known = [name for name in TRACKERS if name in names]
+    said = [f"WANDB_{name.upper()}={value}" for name, value in (settings or {}).items() if value]
+    if known:
+        comment = f"with {' '.join(said)} in the environment" if said and "wandb" in known else ""
+        options.set("log.report_to", known, comment, of)
 
 
 def _number(value: Any, kind: type) -> Any:
