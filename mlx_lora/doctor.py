@@ -19,6 +19,7 @@ from mlx_lora import blas
 from mlx_lora.errors import InputError, exit_code
 
 OLDEST_MACOS = 14  # for which MLX has wheels
+EXTRAS = ("completion", "data", "serve", "tensorboard", "wandb")
 LOW_DISK = 10e9
 LOW_MEMORY = 4e9
 MOST_WIRED = 0.9  # of the memory: above it, macOS itself has too little (mlx-lm's issue 883)
@@ -91,12 +92,13 @@ def mac(release: str, machine: str, chip: str) -> Finding:
 def _packages() -> Iterator[Finding]:
     """MLX and mlx-lm against what this project says that it needs."""
     try:
-        needed = {one.name: one for one in map(Requirement, requires("mlx-lora") or []) if one.marker is None}
+        declared = [Requirement(one) for one in requires("mlx-lora") or []]
     except PackageNotFoundError:
         yield Finding("mlx-lora", "is not installed", "pip install .  (in the project's folder)")
         return
     for name in ("mlx", "mlx-lm"):
-        yield package(name, needed[name])
+        yield package(name, next(one for one in declared if one.name == name and one.marker is None))
+    yield extras([one for one in declared if one.marker])
 
 
 def package(name: str, needed: Requirement) -> Finding:
@@ -107,6 +109,25 @@ def package(name: str, needed: Requirement) -> Finding:
     except PackageNotFoundError:
         return Finding(name, "is not installed", cure, False)
     return Finding(name, found, "" if needed.specifier.contains(found, prereleases=True) else cure)
+
+
+def extras(declared: list[Requirement]) -> Finding:
+    """Which optional extras are there; a run that needs another says so."""
+    there: list[str] = []
+    missing: list[str] = []
+    for extra in EXTRAS:
+        needed = [one.name for one in declared if one.marker and one.marker.evaluate({"extra": extra})]
+        (there if needed and all(map(_installed, needed)) else missing).append(extra)
+    fact = ", ".join(there) or "none"
+    return Finding("extras", f"{fact}; not installed: {', '.join(missing)}" if missing else fact)
+
+
+def _installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _wired() -> Finding:

@@ -3,7 +3,9 @@
 import re
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -28,11 +30,22 @@ def test_this_machine_is_examined(run_command):
     ended = run_command("doctor")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     subjects = [line[6:].split()[0] for line in ended.stdout.splitlines() if re.match(r"ok  |note|BAD ", line)]
-    expected = ["system", "mlx", "mlx-lm", "device", "memory", "compiler", "disk", "power"]
+    expected = ["system", "mlx", "mlx-lm", "extras", "device", "memory", "compiler", "disk", "power"]
     assert [subject for subject in subjects if subject in expected] == expected
     assert version("mlx-lm") in ended.stdout
     if sys.platform.startswith("linux"):
         assert "BLAS" in subjects
+
+
+def test_extras_are_those_of_the_package():
+    """All that the project declares for users, each by whether its packages are installed."""
+    with (Path(__file__).parents[1] / "pyproject.toml").open("rb") as file:
+        declared = tomllib.load(file)["project"]["optional-dependencies"]
+    assert set(doctor.EXTRAS) == set(declared) - {"cpu", "cuda", "test"}
+    wanted = [Requirement(one) for one in ("pip; extra == 'data'", "no-such-package; extra == 'wandb'")]
+    assert doctor.extras(wanted).fact == "data; not installed: completion, serve, tensorboard, wandb"
+    wanted.append(Requirement("no-such-package; extra == 'data'"))
+    assert doctor.extras(wanted).fact == "none; not installed: completion, data, serve, tensorboard, wandb"
 
 
 def test_without_a_compiler_it_says_so(run_command, tmp_path):

@@ -20,7 +20,7 @@ SIGNS = {
     "peft_type", "base_model_name_or_path", "r", "target_modules", "use_rslora", "per_device_train_batch_size",
     "num_train_epochs", "lr_scheduler_type", "optim", "model_name", "model_name_or_path", "max_length", "dataset_name",
     "dataset_text_field", "random_state", "random_seed", "use_gradient_checkpointing", "assistant_only_loss",
-    "completion_only_loss", "local_dataset", "training_type", "train_on_completions",
+    "completion_only_loss", "local_dataset", "training_type", "train_on_completions", "use_peft", "chat_template_path",
 }  # fmt: skip
 GROUPS = re.compile(r"(model|data|dataset|train|training|trainer|lora|peft|sft|logging)(_(args|arguments|config))?")
 NAMES = {  # one name for what the tools call differently
