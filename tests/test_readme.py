@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_lora import config, config_file, finetune, gguf_model
+from mlx_lora import config, config_file, finetune, gguf_model, plan
+from mlx_lora.batches import train_batches
+from mlx_lora.footprint import footprint, shapes
 from mlx_lora.model import load
 
 ROOT = Path(__file__).parents[1]
@@ -144,6 +146,39 @@ def test_every_preset_says_what_it_is_for():
         for word in ("# For: ", "# Rows: ", "# Needs: ", "# Measured: "):
             assert [line for line in head if line.startswith(word)], (path.name, word)
         assert f"`{path.name}`" in README
+
+
+QWEN3 = {
+    "model_type": "qwen3", "head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151936, "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6, "max_position_embeddings": 40960, "torch_dtype": "bfloat16",
+}  # fmt: skip
+SHAPES = {  # hidden_size, num_hidden_layers, intermediate_size, num_attention_heads, tied, bits
+    "Qwen/Qwen3-0.6B": (1024, 28, 3072, 16, True, None),
+    "Qwen/Qwen3-0.6B-Base": (1024, 28, 3072, 16, True, None),
+    "Qwen/Qwen3-1.7B": (2048, 28, 6144, 16, True, None),
+    "mlx-community/Qwen3-1.7B-4bit": (2048, 28, 6144, 16, True, 4),
+    "mlx-community/Qwen3-4B-4bit": (2560, 36, 9728, 32, True, 4),
+    "mlx-community/Qwen3-14B-4bit": (5120, 40, 17408, 40, False, 4),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["chat", "completion", "long-context", "qlora-16gb", "qlora-32gb", "qlora-8gb", "text", "tools"],  # not of a file
+)
+def test_presets_need_what_the_plan_says(name, tmp_path):
+    """Within a tenth: of a model of the real shape, in the types of a GPU, with the longest rows that it takes."""
+    path = ROOT / "configs" / f"{name}.yaml"
+    said = re.search(r"^# Needs: ([\d.]+) GB by mlx-lora plan\b", path.read_text(), re.MULTILINE)
+    *shape, bits = SHAPES[config_file.load(path).model.path]
+    names = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "tie_word_embeddings")
+    quantization = {"quantization": {"group_size": 64, "bits": bits}} if bits else {}
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3 | dict(zip(names, shape, strict=True)) | quantization))
+    given = config_file.load(path, [f"model.path={tmp_path}"])
+    base = plan.adapted(given, tmp_path, on_cpu=False)
+    batch = train_batches(given, plan.read_rows(given, tmp_path)[0]).largest()
+    peak = footprint(shapes(base), given.train, batch, given.data.valid != 0).peak
+    assert float(said[1]) == pytest.approx(peak / 1e9, rel=0.1)
 
 
 def test_the_quickstart_rows_are_what_their_generator_makes(tmp_path):
