@@ -76,6 +76,7 @@ class Rows:
     form: str = ""
     options: Options = field(default_factory=dict)
     tools: bool = False
+    unread: tuple[str, ...] = ()  # columns that nothing is made of
 
     @property
     def goals(self) -> list[str]:
@@ -154,7 +155,8 @@ def _held(rows: list[dict[str, Any]]) -> Rows:
     except InputError:  # some rows are faulty, which mlx-lora data will say
         contents = []
     tools = any(row.get("tools") or any(map(_calls, row.get("messages", []))) for row in contents)
-    return Rows(names, form, options, tools)
+    read = {*formats.KEYS[form], *columns.values(), "tools", "system", "input"}
+    return Rows(names, form, options, tools, tuple(name for name in names if name not in read))
 
 
 def _columns(row: dict[str, Any]) -> dict[str, str]:
@@ -180,7 +182,8 @@ def text(model: str, data: str, goal: str, memory: float, out: str = "my.yaml", 
     purpose, _, chosen = GOALS[goal]
     rows_comment = "rows as above, one a line"
     if rows is not None:
-        rows_comment = f"rows of {rows.form}" if rows.form else f"columns to name: {rows.listed}"
+        unread = f"; not read: {', '.join(rows.unread[:10])}" if rows.unread else ""
+        rows_comment = f"rows of {rows.form}{unread}" if rows.form else f"columns to name: {rows.listed}"
     limit = round(SHARE * memory, 1)
     options: Options = {
         "model.path": (model, "hub id, local folder, or .gguf file"),

@@ -458,7 +458,7 @@ def test_axolotls_qlora_example(convert):
     assert ours.output_dir == "./outputs/qlora-out"
     assert ours.data.format == "alpaca"
     for said in (
-        "alpaca rows: their prompts are written by the chat template here",
+        "alpaca rows: without the words that axolotl puts around prompts",
         "sample_packing",
         "loss_watchdog_threshold: 5.0",
         "adamw_bnb_8bit there",
@@ -497,7 +497,7 @@ def test_axolotls_other_ways(convert):
 @pytest.mark.parametrize(
     ("one", "form", "columns", "said"),
     [
-        ({"type": "alpaca"}, "alpaca", {}, "written by the chat template here"),
+        ({"type": "alpaca"}, "alpaca", {}, "alpaca rows: without the words that axolotl"),
         ({"type": "alpaca:chat"}, "alpaca", {}, "alpaca:chat rows"),
         ({"type": "alpaca_chat.load_qa"}, "completion", {"prompt": "question", "completion": "answer"}, "load_qa rows"),
         ({"type": "completion", "field": "body"}, "text", {"text": "body"}, ""),
@@ -523,7 +523,7 @@ def test_axolotls_rows(convert, one, form, columns, said):
     assert (ours.data.train, ours.data.format, ours.data.columns) == ("rows.jsonl", form, columns)
     assert (ours.data.loss_on, ours.data.on_overflow) == (("all", "split") if form == "text" else ("assistant", "drop"))
     assert said in text
-    assert ("Without a counterpart" in text) == (": " in said)
+    assert ("Without a counterpart" in text) == (": " in said and "rows:" not in said)
 
 
 def test_axolotls_data_sets(convert):
@@ -533,10 +533,11 @@ def test_axolotls_data_sets(convert):
         {"path": "me/rows", "name": ["en", "de"], "split": "train[:500]", "type": "chat_template"},
         {"path": "json", "data_files": ["a.jsonl", "b.jsonl"], "type": "chat_template", "split": "train[:9]"},
     ]
-    ours, text = convert(theirs | {"datasets": sets, "test_datasets": [{"path": "me/rows", "type": "chat_template"}]})
+    ours, text = convert(theirs | {"datasets": sets, "test_datasets": [{"path": "me/rows", "type": "oasst"}]})
     assert ours.data.train == ["hub:me/rows@en:train[:500]", "hub:me/rows@de:train[:500]", "a.jsonl", "b.jsonl"]
     assert (ours.data.valid, ours.data.format) == ("hub:me/rows:test", "messages")
-    assert "datasets: split: train[:9] (files are read whole)" in text
+    for said in ("datasets: split: train[:9] (files are read whole)", "test_datasets: type: oasst"):
+        assert said in text
     jinja = {"chat_template": "jinja", "chat_template_jinja": "my.jinja", "chat_template_kwargs": {"short": True}}
     ours, text = convert(theirs | {"datasets": sets} | jinja)
     assert (ours.model.chat_template, ours.model.template_kwargs) == ("my.jinja", {"short": True})

@@ -98,6 +98,12 @@ def test_rows_that_are_there_say_the_goal_and_the_columns(capsys, tiny_model, tm
     assert (used.read, used.used, list(used.forms)) == (1, 1, [seen.form])
 
 
+def test_columns_that_are_not_read_are_named(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label,id\nGreat!,good,1\n")
+    seen = init.look(str(tmp_path / "rows.csv"))
+    assert "# rows of text; not read: label, id" in init.text("m", "rows.csv", "text", 8, rows=seen)
+
+
 def test_a_table_in_parquet_is_looked_at(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

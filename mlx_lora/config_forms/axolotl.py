@@ -101,12 +101,13 @@ def translate(options: Translation) -> None:
 
 def _data(options: Translation) -> None:
     name = "pretraining_dataset" if "pretraining_dataset" in options else "datasets"
-    kinds = _train(options, name)
+    sets = _sets(options, name)
+    kinds = _train(options, name, sets)
     texts = name == "pretraining_dataset" or kinds == {"text"}
     tests = _sets(options, "test_datasets")
     share = options.take("val_set_size", 0.0, float)
     if tests:
-        found = _test(options, tests)
+        found = _test(options, tests, sets)
         options.set("data.valid", found[0], of="test_datasets")
         options.lose("test_datasets", found[1:], "one source validates")
     elif share > 1:
@@ -157,11 +158,11 @@ def _sets(options: Translation, name: str) -> list[dict[str, Any]]:
     return found
 
 
-def _train(options: Translation, name: str) -> set[str]:
+def _train(options: Translation, name: str, sets: list[dict[str, Any]]) -> set[str]:
     """Sets the sources, the form and columns of their rows and the chat template; returns the forms ("": not known)."""
     sources, found, comments = [], [], []
     template = options.take("chat_template"), options.take("chat_template_jinja")
-    for one in _sets(options, name):
+    for one in sets:
         given = Translation(options.path, one, {})
         split = given.take("split", "train", str)
         sources += data_set(options, name, given, None if split == "train" else split)
@@ -192,19 +193,23 @@ def _train(options: Translation, name: str) -> set[str]:
     return set(forms)
 
 
-def _test(options: Translation, tests: list[dict[str, Any]]) -> list[str]:
-    """The sources to validate on. Their rows have the form of those to train on: what else is said of them is left."""
+def _test(options: Translation, tests: list[dict[str, Any]], sets: list[dict[str, Any]]) -> list[str]:
+    """The sources to validate on; their rows are read as those to train on."""
     sources = []
     for one in tests:
         given = Translation(options.path, one, {})
         sources += data_set(options, "test_datasets", given, given.take("split", "test", str))
+        given.take("ds_type")
+        for inner, value in given.left():
+            if any(other.get(inner) != value for other in sets):
+                options.lose(f"test_datasets: {inner}", value, "read as the rows to train on")
     return sources
 
 
 def _rows(options: Translation, given: Translation, name: str) -> tuple[str, dict[str, str], str]:
     """The form of a data set's rows ("": not known), the names of their columns, and what is to be said of them."""
     kind = given.take("type", "pretrain" if name == "pretraining_dataset" else None)
-    own = "their prompts are written by the chat template here"
+    own = "without the words that axolotl puts around prompts"
     if isinstance(kind, dict):
         fields = Translation(options.path, kind, {})
         names = {ours: fields.take(theirs, ours, str) for theirs, ours in FIELDS.items() if theirs in fields}

@@ -239,9 +239,7 @@ def _data(options: Translation, defaults: dict[str, Any]) -> str:
     if template is not None and template.endswith((".jinja", ".j2")):
         options.set("model.chat_template", template, of="chat_template_path")
     else:
-        options.lose(
-            "chat_template_path", template, "another tokenizer's template and tokens; name a file of the first"
-        )
+        options.lose("chat_template_path", template, "a tokenizer's template, with its tokens: name a template's file")
     completion = options.take("completion_only_loss")
     if options.take("assistant_only_loss", False) or options.take("train_on_completions", False):
         options.set("data.loss_on", "assistant")
@@ -267,12 +265,13 @@ def _named(options: Translation, names: list[Any], evaluated: bool) -> None:
     comment = "" if names else "the file names no rows: name yours"
     found = sources[0] if len(sources) == 1 else sources or "data/train.jsonl"
     options.set("data.train", found, comment, "dataset_name")
-    if not any(source.startswith("hub:") for source in sources):
+    first = next((name for name, source in zip(names, sources, strict=True) if source.startswith("hub:")), None)
+    if first is None:
         options.lose("dataset_config", configuration, "of data sets of the hub")
         options.lose("dataset_train_split", split if split != "train" else None, "files are read whole")
     elif evaluated and options.form in ("trl sft", "SFTConfig"):
         comment = "of the first alone" if len(names) > 1 else ""
-        options.set("data.valid", rows(names[0], configuration, other), comment, "dataset_test_split")
+        options.set("data.valid", rows(first, configuration, other), comment, "dataset_test_split")
 
 
 def _mixture(options: Translation, mixture: Any) -> None:
