@@ -359,7 +359,7 @@ def test_data_sets_of_the_hub_keep_their_splits(convert):
     ours, text = convert({"iters": 9, "mask_prompt": True, "hf_dataset": [one, other]})
     assert ours.data.train == ["hub:billsum:train[:80%]", "hub:a/b:train"]
     assert (ours.data.columns, ours.data.format, ours.data.loss_on) == ({}, "auto", "assistant")
-    for said in ("features that differ", "revision: v1", "of the first alone"):
+    for said in ("columns that differ", "revision: v1", "of the first alone"):
         assert said in text
 
 
@@ -490,6 +490,7 @@ def test_axolotls_other_ways(convert):
     assert (ours.data.on_overflow, ours.train.epochs, ours.train.max_steps) == ("error", None, 50)
     assert (ours.lora.alpha, ours.lora.start_from, ours.lora.layers) == (32.0, "old", [0, 1])
     assert (ours.train.schedule.min_lr, ours.eval.early_stopping) == (pytest.approx(2e-5), 3)
+    assert ours.data.columns == {}
     for said in ("columns that differ", "full fine-tuning", "rank-stabilized: 8 x sqrt(16)"):
         assert said in text
 
@@ -538,6 +539,10 @@ def test_axolotls_data_sets(convert):
     assert (ours.data.valid, ours.data.format) == ("hub:me/rows:test", "messages")
     for said in ("datasets: split: train[:9] (files are read whole)", "test_datasets: type: oasst"):
         assert said in text
+    other = {"path": "a.jsonl", "type": "chat_template", "field_messages": "conversations"}
+    other["message_property_mappings"] = {"role": "from", "content": "value"}
+    ours, text = convert(theirs | {"datasets": [sets[0], other]})
+    assert (ours.data.format, ours.data.columns, "differ" in text) == ("auto", {}, False)
     jinja = {"chat_template": "jinja", "chat_template_jinja": "my.jinja", "chat_template_kwargs": {"short": True}}
     ours, text = convert(theirs | {"datasets": sets} | jinja)
     assert (ours.model.chat_template, ours.model.template_kwargs) == ("my.jinja", {"short": True})

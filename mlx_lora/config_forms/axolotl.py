@@ -182,10 +182,7 @@ def _train(options: Translation, name: str, sets: list[dict[str, Any]]) -> set[s
     forms, renamed, templates = zip(*found, strict=True)
     if forms.count(forms[0]) == len(forms) and forms[0]:
         options.set("data.format", forms[0], of=name)
-    if renamed.count(renamed[0]) == len(renamed):
-        columns(options, renamed[0], name)
-    else:
-        options.lose(f"{name}: columns that differ", list(renamed), "one data.columns holds for all sources")
+    columns(options, renamed, name)
     if templates.count(templates[0]) != len(templates):
         options.lost.append(f"{name}: chat_template (one holds for all sources)")
     elif templates[0]:

@@ -234,7 +234,7 @@ def _data(options: Translation, defaults: dict[str, Any]) -> str:
     else:
         _named(options, names if isinstance(names, list) else [names] if names else [], evaluation != "no")
     text = options.take("dataset_text_field", "text", str)
-    columns(options, {"text": text}, "dataset_text_field")
+    columns(options, [{"text": text}], "dataset_text_field")
     template = options.take("chat_template_path", None, str)
     if template is not None and template.endswith((".jinja", ".j2")):
         options.set("model.chat_template", template, of="chat_template_path")

@@ -112,7 +112,7 @@ def _folder(options: Translation) -> str:
         else:
             options.set("data.valid", 0.0, f"there is no {valid}", "data")
     form, names = _form(options, options, _first_row(train), "")
-    columns(options, names, "data")
+    columns(options, [names], "data")
     if form:
         options.set("data.format", form, "as mlx-lm sees it")
     return form
@@ -141,14 +141,11 @@ def _sets(options: Translation, sets: Any) -> list[str]:
         options.set("data.valid", valid[0], "" if len(valid) == 1 else "of the first alone", "hf_dataset")
     else:
         options.set("data.valid", 0.1, "there valid_split", "hf_dataset")
-    form, names = found[0]
-    if found.count(found[0]) == len(found):
-        columns(options, names, "hf_dataset")
-        if form:
-            options.set("data.format", form, of="hf_dataset")
-    else:
-        options.lost.append("hf_dataset: features that differ (one data.columns holds for all sources)")
-    return list(dict.fromkeys(form for form, _ in found))
+    forms = list(dict.fromkeys(form for form, _ in found))
+    columns(options, [names for _, names in found], "hf_dataset")
+    if len(forms) == 1 and forms[0]:
+        options.set("data.format", forms[0], of="hf_dataset")
+    return forms
 
 
 def _form(options: Translation, given: Translation, row: dict[str, Any], of: str) -> tuple[str, dict[str, str]]:

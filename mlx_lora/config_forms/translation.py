@@ -2,6 +2,7 @@
 
 import re
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,11 +136,13 @@ def data_set(options: Translation, of: str, given: Translation, split: str | Non
     return named or [path]
 
 
-def columns(options: Translation, found: dict[str, str], of: str) -> None:
-    """Sets what their rows call ours; names that are ours already are no change."""
-    renamed = {ours: theirs for ours, theirs in found.items() if ours != theirs}
-    if renamed:
-        options.set("data.columns", renamed, of=of)
+def columns(options: Translation, found: Sequence[dict[str, str]], of: str) -> None:
+    """Sets what rows call ours, by the names of each source: they have to be the same for all."""
+    first, *others = [{ours: theirs for ours, theirs in names.items() if ours != theirs} for names in found]
+    if any(names != first for names in others):
+        options.lose(f"{of}: columns that differ", [first, *others], "one data.columns holds for all sources")
+    elif first:
+        options.set("data.columns", first, of=of)
 
 
 def report(options: Translation, names: list[str], of: str, settings: dict[str, Any] | None = None) -> None:
