@@ -6,6 +6,7 @@ Data that is there is looked at: what its rows hold makes a goal the likely one,
 import argparse
 import os
 import re
+import shlex
 import sys
 from dataclasses import dataclass, field
 from itertools import islice
@@ -113,10 +114,11 @@ def _main() -> None:
     elif rows is not None and not rows.form:
         print(f"{options.data} holds {rows.listed}: say in {options.out} which of them are to be learned, such as")
         print(f"  data: {{columns: {{prompt: {rows.names[0]}, completion: {rows.names[-1]}}}}}")
+    out = shlex.quote(options.out)
     print(f"{options.out} is written. Look at its rows, ask whether it fits, then train:")
-    print(f"  mlx-lora data {options.out}")
-    print(f"  mlx-lora plan {options.out}")
-    print(f"  mlx-lora train --config {options.out}")
+    print(f"  mlx-lora data {out}")
+    print(f"  mlx-lora plan {out}")
+    print(f"  mlx-lora train --config {out}")
 
 
 def look(source: str) -> Rows | None:
@@ -212,7 +214,7 @@ def text(model: str, data: str, goal: str, memory: float, out: str = "my.yaml", 
     head = [
         f"To {purpose}.",
         f"Made by mlx-lora init {__version__}; nothing in it was measured on your machine.",
-        f"Train:        mlx-lora train --config {out}",
+        f"Train:        mlx-lora train --config {shlex.quote(out)}",
         "Every option: mlx-lora config-file reference",
     ]
     if rows is None:
@@ -274,7 +276,7 @@ def _goal(answer: str) -> str:
     if answer.isdecimal() and 1 <= int(answer) <= len(names):
         return names[int(answer) - 1]
     if answer not in names:
-        raise argparse.ArgumentTypeError(f"{answer} is none of {', '.join(names)}")
+        raise argparse.ArgumentTypeError(f"{answer} is none of 1 to {len(names)}, nor {', '.join(names)}")
     return answer
 
 

@@ -157,6 +157,8 @@ def _start(folder: Path, resume: bool, log: metrics.Log) -> Path | None:
         raise InputError(f"output_dir: {folder} cannot be used ({error.strerror})") from None
     if resume and before()[0] and not folder.is_dir():
         raise InputError(f"output_dir: {folder} has gone; bring it back, then go on with --resume")
+    if taken == [mlx_form.WEIGHTS] and start is None:
+        raise InputError(f"output_dir: {folder} holds an adapter that is no run of ours; choose another folder")
     if not resume:
         if taken or start is not None or complaints:
             raise InputError(

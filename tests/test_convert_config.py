@@ -438,7 +438,12 @@ def _mlx_lm_trains(settings: dict[str, Any]) -> list[float]:
     options = SimpleNamespace(**mlx_lm_lora.CONFIG_DEFAULTS | settings)
     model, tokenizer = mlx_lm.load(options.model)
     losses = Losses()
-    mlx_lm_lora.train_model(options, model, *load_dataset(options, tokenizer)[:2], losses)
+    block = type(model.layers[0])
+    call = block.__call__
+    try:
+        mlx_lm_lora.train_model(options, model, *load_dataset(options, tokenizer)[:2], losses)
+    finally:
+        block.__call__ = call  # which its grad_checkpoint changes for all models of the process
     return losses.losses
 
 
@@ -475,6 +480,30 @@ def test_axolotls_lora_example(convert):
     assert ours.lora.target_modules == ["gate_proj", "down_proj", "up_proj", "q_proj", "v_proj", "k_proj", "o_proj"]
     assert ours.model.quantize is None
     assert "special_tokens" in text
+
+
+@pytest.mark.parametrize("name", ["token", "hf_token", "wandb_api_key", "hub_token", "use_auth_token"])
+def test_no_secret_is_copied(convert, name):
+    ours, text = convert(
+        f"base_model: a/b\n{name}: SECRET\nadapter: lora\ndatasets: [{{path: rows.jsonl, type: alpaca}}]\n"
+    )
+    assert ours.model.path == "a/b"
+    assert "SECRET" not in text
+    assert name in text
+
+
+def test_null_cuts_and_clips_nothing(convert):
+    ours, _ = convert("model_name_or_path: m\nuse_peft: true\nmax_length: null\nmax_grad_norm: null\noutput_dir: o\n")
+    assert ours.data.max_seq_length > 10**6
+    assert ours.train.max_grad_norm is None
+
+
+def test_mlx_lms_adapter_is_gone_on_from_elsewhere(convert):
+    ours, _ = convert({"iters": 9, "resume_adapter_file": "adapters/adapters.safetensors", "adapter_path": "adapters"})
+    assert (ours.lora.start_from, ours.output_dir) == ("adapters", "adapters-continued")
+    ours, text = convert({"iters": 9, "resume_adapter_file": "adapters/0000100_adapters.safetensors"})
+    assert (ours.lora.start_from, ours.output_dir) == (None, "adapters")
+    assert "resume_adapter_file: adapters/0000100_adapters.safetensors (copy it" in text
 
 
 def test_axolotls_other_ways(convert):

@@ -558,6 +558,17 @@ def test_a_run_is_never_written_over(options):
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_another_tools_adapter_is_never_written_over(options, resume):
+    """Such as mlx-lm's, in a folder that has no config.yaml of ours."""
+    folder = Path(options["output_dir"])
+    folder.mkdir(parents=True)
+    (folder / "adapters.safetensors").write_bytes(b"theirs")
+    with pytest.raises(InputError, match="holds an adapter that is no run of ours"):
+        finetune(options, resume=resume)
+    assert (folder / "adapters.safetensors").read_bytes() == b"theirs"
+
+
 def test_bad_input_is_one_message_and_exit_code_2(options, tmp_path, run_command):
     faulty = write(options | {"lorra": {}}, tmp_path / "faulty.yaml")
     for arguments in (["--config", faulty], ["--config", tmp_path / "none.yaml"], []):

@@ -62,6 +62,7 @@ UNSLOTH: dict[str, Any] = {
     "gradient_checkpointing": True,
     "load_in_4bit": True,
 }
+UNCUT = 2**20  # tokens: longer than any row
 SFT: dict[str, Any] = {"learning_rate": 2e-5, "max_length": 1024, "gradient_checkpointing": True}
 TOOLS: dict[str, dict[str, Any]] = {  # what each takes where nothing is said; PEFT's modules are Llama's and Qwen's
     "PEFT": PEFT,
@@ -248,8 +249,9 @@ def _data(options: Translation, defaults: dict[str, Any]) -> str:
     else:
         options.set("data.loss_on", "all", "as there; where rows hold prompt and completion: completion")
     options.take("format_type")  # what a row holds is seen here
-    length = options.take("max_length", defaults.get("max_length"), int)
-    options.set("data.max_seq_length", length, of="max_length")
+    uncut = options.is_null("max_length")
+    length = UNCUT if uncut else options.take("max_length", defaults.get("max_length"), int)
+    options.set("data.max_seq_length", length, "null there: no row is cut" if uncut else "", of="max_length")
     if options.take("packing", False):
         options.set("data.packing", True, "a batch is batch_size rows here, max_length tokens each there", "packing")
     return str(evaluation)
@@ -317,8 +319,8 @@ def train(options: Translation, defaults: dict[str, Any]) -> None:
     options.set("train.learning_rate", rate, of="learning_rate")
     _schedule(options, rate, defaults)
     _optimizer(options, defaults)
-    norm = options.take("max_grad_norm", 1.0, float)
-    options.set("train.max_grad_norm", norm or None, "" if norm else "0 there: never", "max_grad_norm")
+    norm = None if options.is_null("max_grad_norm") else options.take("max_grad_norm", 1.0, float)
+    options.set("train.max_grad_norm", norm or None, "0 or null there: never" if not norm else "", "max_grad_norm")
     if smoothing := options.take("label_smoothing_factor", 0.0, float):
         options.set("train.label_smoothing", smoothing, of="label_smoothing_factor")
     recomputed = options.take("gradient_checkpointing", defaults["gradient_checkpointing"])

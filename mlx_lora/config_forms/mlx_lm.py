@@ -60,7 +60,10 @@ def translate(options: Translation) -> None:
     _lora(options)
     _train(options)
     folder = _take(options, "adapter_path", str)
-    options.set("output_dir", folder, of="adapter_path")
+    if "lora.start_from" in options.options and Path(options.options["lora.start_from"][0]) == Path(folder):
+        options.set("output_dir", f"{folder}-continued", f"{folder} keeps what it starts from", "adapter_path")
+    else:
+        options.set("output_dir", folder, of="adapter_path")
     options.take("train")  # what the command does
     options.take("config")
     project = options.take("project_name", None, str)
@@ -190,16 +193,20 @@ def _lora(options: Translation) -> None:
         if not all(isinstance(key, str) for key in keys):
             raise options.fault("lora_parameters", "keys is a list of names")
         patterns = [key if "." not in key or key.startswith(WHOLE_MODEL) else f"*.{key}" for key in keys]
-        options.set("lora.target_modules", patterns, of="lora_parameters")
+        everywhere = [key for key in keys if "." not in key and not key.startswith(WHOLE_MODEL)]
+        comment = f"{', '.join(everywhere)}: in every block (mlx-lm finds such names nowhere)" if everywhere else ""
+        options.set("lora.target_modules", patterns, comment, "lora_parameters")
     for name, value in given.left():
         options.lose(f"lora_parameters.{name}", value)
     layers = _take(options, "num_layers", int)
     if layers > 0:
         options.set("lora.layers", f"last:{layers}", of="num_layers")
     start = options.take("resume_adapter_file", None, str)
-    if start is not None:
-        comment = f"the folder of {Path(start).name}"
-        options.set("lora.start_from", str(Path(start).parent), comment, "resume_adapter_file")
+    if start is not None and Path(start).name == "adapters.safetensors":
+        options.set("lora.start_from", str(Path(start).parent), of="resume_adapter_file")
+    else:
+        why = "copy it into a folder as adapters.safetensors, beside adapter_config.json: lora.start_from names that"
+        options.lose("resume_adapter_file", start, why)
 
 
 def _train(options: Translation) -> None:

@@ -15,7 +15,7 @@ AROUND = re.compile(
     r"(bf|fp|tf|bfloat|float)\d+|.*(attention|attn|kernel|liger|fsdp|deepspeed|ddp|dataloader|torch_compile|offload"
     r"|num_proc|device_map).*|torch_empty_cache_steps|local_rank|max_memory|gpu_memory_limit|lora_on_cpu"
     r"|low_cpu_mem_usage|accelerator_config|gradient_checkpointing_kwargs|dataset_processes|pad_to_.*|padding_free|log_.*|logging_nan.*"
-    r"|hub_.*|(hf|wandb|push_to_hub)_token|.*api_key|per_device_eval_batch_size|eval_do_concat_batches|skip_memory_metrics|length_column_name|project"
+    r"|hub_.*|((hf|wandb|auth|access|use_auth|push_to_hub)_)?token|.*(api_key|secret|password).*|per_device_eval_batch_size|eval_do_concat_batches|skip_memory_metrics|length_column_name|project"
 )
 TRACKERS = ("tensorboard", "wandb")
 FORMATS = ("json", "csv", "parquet", "text")  # what `datasets` calls files that are no data set of the hub
@@ -44,6 +44,10 @@ class Translation:
     def __contains__(self, name: str) -> bool:
         """Whether an option is there, switched on and not taken yet."""
         return self._left.get(name) not in OFF
+
+    def is_null(self, name: str) -> bool:
+        """Whether an option is there and null, which need not be its default."""
+        return name in self._left and self._left[name] is None
 
     def rename(self, names: dict[str, str]) -> None:
         """Gives options the new names, where these are free."""
