@@ -484,9 +484,8 @@ def test_axolotls_lora_example(convert):
 
 @pytest.mark.parametrize("name", ["token", "hf_token", "wandb_api_key", "hub_token", "use_auth_token"])
 def test_no_secret_is_copied(convert, name):
-    ours, text = convert(
-        f"base_model: a/b\n{name}: SECRET\nadapter: lora\ndatasets: [{{path: rows.jsonl, type: alpaca}}]\n"
-    )
+    rows = "datasets: [{path: rows.jsonl, type: alpaca}]\n"
+    ours, text = convert(f"base_model: a/b\n{name}: SECRET\nadapter: lora\nlearning_rate: 1e-4\n{rows}")
     assert ours.model.path == "a/b"
     assert "SECRET" not in text
     assert name in text
