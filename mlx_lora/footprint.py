@@ -32,6 +32,8 @@ _AT_WORK: dict[Level, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "selective": ((6, 13, 3, 1), (6, 7, 0, 0)),
     False: ((5, 1, 0, 0), (6, 4, 0, 0)),
 }
+# Arrays of I, D, A and K columns of a block's forward pass in an evaluation, which runs uncompiled: most are SwiGLU's.
+_SCORED = (10, 4, 0, 0)
 # Arrays of D columns that are there beside the logits: hidden states, gradients, what runs again early.
 _BESIDE_LOGITS: dict[Level, int] = {True: 11, "mlp": 4, "selective": 4, False: 8}
 _LOGITS = 6  # arrays of a part's logits, float32: projected, their powers, two on the way, and so on; one ahead
@@ -42,25 +44,31 @@ class Footprint:
     """In bytes. `held` is there all the time, `kept` from the forward to the backward pass.
 
     ``weights``: the base. ``adapter``: as it is, as it was when it was last put into the model, and the best.
-    ``optimizer``: its state. ``kept``: activations. ``backward``, ``logits`` and ``update``: what one block's backward
-    pass, the loss, and the optimizer hold for a moment, never two of them at once.
+    ``optimizer``: its state. ``prefix``: what frozen blocks gave, where that is kept in memory. ``kept``: activations.
+    ``backward``, ``logits``, ``update`` and ``evaluation``: what one block's backward pass, the loss, the optimizer,
+    and the largest batch of an evaluation hold for a moment, never two of them at once.
+
+    Loading takes less: the weights and the source of one layer, the largest ones first. So do the answers to
+    `eval.samples`, a row each, of which keys and values alone are kept.
     """
 
     weights: int
     adapter: int
     optimizer: int
+    prefix: int
     kept: int
     backward: int
     logits: int
     update: int
+    evaluation: int
 
     @property
     def held(self) -> int:
-        return self.weights + self.adapter + self.optimizer
+        return self.weights + self.adapter + self.optimizer + self.prefix
 
     @property
     def peak(self) -> int:
-        return self.held + max(self.kept + self.backward, self.kept + self.logits, self.update)
+        return self.held + max(self.kept + max(self.backward, self.logits), self.update, self.evaluation)
 
 
 @dataclass(frozen=True)
@@ -127,9 +135,9 @@ def shapes(model: nn.Module) -> Shapes:
     )
 
 
-def footprint(shapes: Shapes, options: Train, batch: Batch, scored: bool) -> Footprint:
-    """Of the updates of a run whose largest batch is `batch`. `scored`: it has validation rows, and keeps its best
-    adapter."""
+def footprint(shapes: Shapes, options: Train, batch: Batch, scored: Batch | None = None, prefix: int = 0) -> Footprint:
+    """Of a run whose largest batch is `batch`, and the largest of its evaluations `scored`: without them it keeps no
+    best adapter. `prefix`: bytes of the prefix cache."""
     trainable = sum(array.nbytes for array in shapes.adapter.values())
     state = initial_state(make_optimizer(options), shapes.adapter)
     optimizer = sum(array.nbytes for _, array in tree_flatten(state) if isinstance(array, mx.array))
@@ -142,12 +150,14 @@ def footprint(shapes: Shapes, options: Train, batch: Batch, scored: bool) -> Foo
     bytes_of_column = batch.mask.size * shapes.size
     return Footprint(
         weights=shapes.weights,
-        adapter=(3 if scored else 2) * trainable,
+        adapter=(2 if scored is None else 3) * trainable,
         optimizer=optimizer,
+        prefix=prefix,
         kept=int(bytes_of_column * kept) + earlier,
         backward=int(bytes_of_column * at_work),
         logits=_logits(shapes, options, batch),
         update=2 * trainable + optimizer,  # the gradient, the new adapter, the new state
+        evaluation=0 if scored is None else _evaluation(shapes, scored),
     )
 
 
@@ -232,6 +242,11 @@ def _kept(block: _Block, level: Level, size: int) -> float:
 
 def _at_work(block: _Block, level: Level) -> int:
     counts = _AT_WORK[level][0 if any(layer.rank for layer in block.layers if layer.in_mlp) else 1]
+    return _columns(counts, block)
+
+
+def _columns(counts: tuple[int, ...], block: _Block) -> int:
+    """Of so many arrays of I, D, A and K columns."""
     widths = (block.inner, block.hidden, block.queries, block.keys)
     return sum(count * width for count, width in zip(counts, widths, strict=True))
 
@@ -246,3 +261,11 @@ def _logits(shapes: Shapes, options: Train, batch: Batch) -> int:
         return arrays * positions * shapes.vocabulary * 4 + beside
     together = max(part.stop - part.start for part in parts(positions, options.loss_chunk or POSITIONS))
     return arrays * together * min(shapes.vocabulary, part_size(together)) * 4 + beside
+
+
+def _evaluation(shapes: Shapes, batch: Batch) -> int:
+    """What the largest batch of an evaluation holds; see `batch_score`."""
+    at_work = max((_columns(_SCORED, block) for block in shapes.blocks.values()), default=0)
+    positions = min(POSITIONS, batch.mask.size)
+    logits = _LOGITS * positions * min(shapes.vocabulary, part_size(positions)) * 4
+    return batch.mask.size * shapes.size * at_work + logits

@@ -14,12 +14,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mlx_lora import config_file, data, hub, lora, memory, model, planning
-from mlx_lora.batches import train_batches
+from mlx_lora import config_file, data, hub, lora, memory, model, planning, prefix
+from mlx_lora.batches import Batch, train_batches, valid_batches
 from mlx_lora.config import PLANNED, Config, Quantize, Train
 from mlx_lora.data import Example, Row, sizes
+from mlx_lora.data.sources import HUB
 from mlx_lora.errors import InputError, exit_code
-from mlx_lora.footprint import Footprint, footprint, shapes
+from mlx_lora.footprint import Footprint, Shapes, footprint, shapes
+from mlx_lora.loop import total_steps
 from mlx_lora.planning import with_options
 
 SIZES = (8, 16, 24, 32, 64, 128)  # GB of memory that machines have
@@ -47,29 +49,47 @@ class Probe:
     random_weights: bool
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows to train on and rows to be scored on, as far as their lengths go, and what had to be assumed of them."""
+
+    train: Sequence[Example]
+    valid: Sequence[Example]
+    assumed: str | None
+
+
 def usable(size: int) -> int:
     """The bytes that a run may take of a machine's `size` GB: of what macOS lets its GPU have by itself (two thirds,
     three quarters from 36 GB on) nine tenths, the rest being for freed buffers."""
     return int(0.9 * size * 2**30 * (2 / 3 if size < 36 else 3 / 4))
 
 
-def read_rows(config: Config, folder: Path) -> tuple[Sequence[Example], str | None]:
-    """The rows to train on, as far as their lengths go, and what had to be assumed of them (None: nothing)."""
-    longest = config.data.max_seq_length
+def read_rows(config: Config, folder: Path) -> Rows:
+    """The rows of a run. Raises InputError where a file of them is not there or is of no known form."""
+    options, longest = config.data, config.data.max_seq_length
     whole = Example(np.zeros(longest, np.int32), np.ones(longest, np.bool_), "")
-    for path in config.data.train_paths:
-        if not Path(path).exists():
-            number = config.train.batch_size * config.train.gradient_accumulation_steps
-            return [whole] * number, f"{longest} tokens a row (data.max_seq_length): {path} is not here"
+    paths = [*options.train_paths, *options.valid_paths]
+    if elsewhere := [path for path in paths if path.startswith(HUB)]:
+        number = config.train.batch_size * config.train.gradient_accumulation_steps
+        said = f"{longest} tokens a row (data.max_seq_length): {elsewhere[0]} is not downloaded for this"
+        return Rows([whole] * number, [whole] * number if options.valid != 0 else [], said)
+    data.check(options, paths)
     if any((folder / name).exists() for name in TOKENIZERS):
-        return data.load(config.data, model.load_tokenizer(folder, None, config.model))[0].examples, None
-    rows = (row for path in config.data.train_paths for row in data.entries(path, longest) if isinstance(row, Row))
-    lengths = [max(2, -(-_characters(row) // CHARACTERS)) for row in rows]
-    if config.data.on_overflow == "drop":
-        lengths = [length for length in lengths if length <= longest] or [longest]
-    return [
-        replace(whole, tokens=whole.tokens[:length], supervised=whole.supervised[:length]) for length in lengths
-    ], f"{CHARACTERS} characters a token, all supervised: there is no tokenizer"
+        train, valid = data.load(options, model.load_tokenizer(folder, None, config.model))
+        return Rows(train.examples, valid.examples if valid else [], None)
+
+    def guessed(paths: list[str]) -> list[Example]:
+        rows = (row for path in paths for row in data.entries(path, longest) if isinstance(row, Row))
+        lengths = [max(2, -(-_characters(row) // CHARACTERS)) for row in rows]
+        if options.on_overflow == "drop":
+            lengths = [length for length in lengths if length <= longest] or [longest]
+        return [
+            replace(whole, tokens=whole.tokens[:length], supervised=whole.supervised[:length]) for length in lengths
+        ]
+
+    train = guessed(options.train_paths)
+    valid = guessed(options.valid_paths) if isinstance(options.valid, str) else train if options.valid else []
+    return Rows(train, valid, f"{CHARACTERS} characters a token, all supervised: the tokenizer is not here")
 
 
 def _characters(row: Row) -> int:
@@ -92,32 +112,51 @@ def adapted(config: Config, folder: Path, on_cpu: bool) -> nn.Module:
     return base
 
 
+def need(found: Shapes, config: Config, batch: Batch, valid: Sequence[Example], kept: int = 0) -> Footprint:
+    """Of a run whose largest batch is `batch`, that is scored on the rows `valid`, and keeps `kept` bytes of its frozen
+    blocks in memory."""
+    scored = valid_batches(config, valid).largest() if len(valid) else None
+    return footprint(found, config.train, batch, scored, kept)
+
+
+def kept_prefix(found: Shapes, config: Config, rows: Sequence[Example]) -> int:
+    """The bytes of memory that `train.prefix_cache` takes here, of a model that it can be used with."""
+    batches = train_batches(config, rows)
+    size = int(sizes(rows)[0].sum()) * found.hidden * found.size
+    against = "the first block is adapted" if 0 in found.blocks else None
+    epochs = total_steps(config, batches) / batches.steps_per_epoch
+    limit = config.train.prefix_cache_limit * 1e9
+    where, _ = prefix.choose(config.train.prefix_cache, against, epochs, size, limit, memory.available() / 10)
+    return size if where == "memory" else 0
+
+
 def ways(
-    config: Config, folder: Path, base: nn.Module, rows: Sequence[Example], on_cpu: bool
+    config: Config, folder: Path, base: nn.Module, rows: Rows, on_cpu: bool, own: Footprint
 ) -> Iterator[tuple[str, int]]:
-    """Changes of a config, the smallest first, as `--set` takes them, each with the bytes that its run takes: none;
-    what changes no result; 4 bits for the base; then shorter rows, halved again and again."""
-    found, scored = shapes(base), config.data.valid != 0
-    yield "", footprint(found, config.train, train_batches(config, rows).largest(), scored).peak
-    plain = with_options(config, **{name: Train.model_fields[name].default for name in PLANNED})
+    """Changes of a config, the smallest first, as `--set` takes them, each with the bytes that its run takes: none
+    (`own`); what changes no result; 4 bits for the base; then shorter rows, halved again and again."""
+    found = shapes(base)
+    yield "", own.peak
     words: list[str] = []
+    if own.prefix:
+        words = ["train.prefix_cache=disk"]
+        yield words[0], replace(own, prefix=0).peak
+    plain = with_options(config, **{name: Train.model_fields[name].default for name in PLANNED})
     for quantize in (False, True):
         if quantize:
             if config.model.quantize is not None or any("scales" in module for module in base.modules()):
                 break
             smaller = config.model.model_copy(update={"quantize": Quantize()})
             base = adapted(config.model_copy(update={"model": smaller}), folder, on_cpu)
-            found, words = shapes(base), ["model.quantize={bits: 4}"]
-        for options, batch in planning.candidates(plain, base, rows):
-            yield (
-                _said([*words, *_differences(config, options)]),
-                footprint(found, options, batch, scored).peak,
-            )
+            found, words = shapes(base), [*words, "model.quantize={bits: 4}"]
+        for options, batch in planning.candidates(plain, base, rows.train):
+            changed = config.model_copy(update={"train": options})
+            yield _said([*words, *_differences(config, options)]), need(found, changed, batch, rows.valid).peak
     least = with_options(config, batch_tokens=1, loss_chunk=16, gradient_checkpointing=True)
-    length = (int(sizes(rows)[0].max()) + 1) // 2
+    length = (max(int(sizes(part)[0].max()) for part in (rows.train, rows.valid) if len(part)) + 1) // 2
     while length >= SHORTEST:
-        short = train_batches(least, planning.cut_rows(rows, length)).largest()
-        peak = footprint(found, least.train, short, scored).peak
+        batch = train_batches(least, planning.cut_rows(rows.train, length)).largest()
+        peak = need(found, least, batch, planning.cut_rows(rows.valid, length)).peak
         yield _said([*words, f"data.max_seq_length={length}", *_differences(config, least.train)]), peak
         length //= 2
 
@@ -133,21 +172,20 @@ def _said(settings: list[str]) -> str:
     return ", ".join(settings)
 
 
-def probe(config: Config, folder: Path, base: nn.Module, rows: Sequence[Example], assumed: bool) -> Probe:
+def probe(config: Config, folder: Path, base: nn.Module, rows: Rows) -> Probe:
     """Runs two updates of the largest batch, with the model's weights where they are in `folder`, else random ones."""
     random = not any(folder.glob("model*.safetensors"))
     if not random:
         base = model.load(config.model, evaluated=False).model
         lora.attach(base, config.lora, config.train.seed)
     model.evaluate(base)
-    batches = train_batches(config, rows)
+    batches = train_batches(config, rows.train)
     batch = batches.largest()
     with memory.limits(memory.available()):
         seconds = planning.measured(config.train, base, batch, model.can_compile()).seconds
-    tokens = int(sizes(rows)[0].sum()) / batches.padding_efficiency
-    return Probe(
-        seconds, None if assumed else seconds * tokens / batch.mask.size, mx.get_peak_memory(), random_weights=random
-    )
+    tokens = int(sizes(rows.train)[0].sum()) / batches.padding_efficiency
+    epoch = None if rows.assumed else seconds * tokens / batch.mask.size
+    return Probe(seconds, epoch, mx.get_peak_memory(), random_weights=random)
 
 
 def _main() -> None:
@@ -157,10 +195,11 @@ def _main() -> None:
     local = model.is_local(config.model.path)
     folder = model.resolve(config.model, weights=False) if local else hub.fetch_config(config.model)
     base = adapted(config, folder, on_cpu)
-    rows, assumption = read_rows(config, folder)
-    batch = train_batches(config, rows).largest()
-    need = footprint(shapes(base), config.train, batch, config.data.valid != 0)
-    changes = list(ways(config, folder, base, rows, on_cpu))
+    rows = read_rows(config, folder)
+    batch = train_batches(config, rows.train).largest()
+    found = shapes(base)
+    own = need(found, config, batch, rows.valid, kept_prefix(found, config, rows.train))
+    changes = list(ways(config, folder, base, rows, on_cpu, own))
 
     def fit(limit: int) -> Fit:
         return Fit(limit, next((change for change, peak in changes if peak <= limit), None))
@@ -169,28 +208,28 @@ def _main() -> None:
     room = int(0.9 * memory.available())  # a tenth is for freed buffers
     here = fit(room if limit is None else min(room, int(limit * 1e9)))
     fits = {size: fit(usable(size)) for size in SIZES}
-    found = None
+    probed = None
     if options.probe:
-        if need.peak > here.usable:
+        if own.peak > here.usable:
             raise InputError(f"--probe: the run does not fit into the {here.usable / 1e9:.2f} GB of this machine")
-        found = probe(config, folder, base, rows, assumption is not None)
+        probed = probe(config, folder, base, rows)
     facts = {
         "model": config.model.path,
         "base": model.describe(model.structure(config.model, folder, on_cpu)),
-        "rows": len(rows),
-        "assumed": assumption,
+        "rows": len(rows.train),
+        "assumed": rows.assumed,
         "largest_batch": list(batch.mask.shape),
         "device": "cpu" if on_cpu else "gpu",
         "compiled": model.can_compile(),
-        "bytes": asdict(need) | {"peak": need.peak},
+        "bytes": asdict(own) | {"peak": own.peak},
         "this_machine": asdict(here),
         "machines": [{"gigabytes": size} | asdict(fit) for size, fit in fits.items()],
-        "probe": asdict(found) if found else None,
+        "probe": asdict(probed) if probed else None,
     }
     if options.json:
         print(json.dumps(facts, indent=2))
     else:
-        _print(config, facts, need, here, fits, found)
+        _print(config, facts, own, here, fits, probed)
     if here.change != "":
         sys.exit(1)
 
