@@ -18,7 +18,6 @@ from mlx_lora import config_file, data, hub, lora, memory, model, planning, pref
 from mlx_lora.batches import Batch, train_batches, valid_batches
 from mlx_lora.config import PLANNED, Config, Quantize, Train
 from mlx_lora.data import Example, Row, sizes
-from mlx_lora.data.sources import HUB
 from mlx_lora.errors import InputError, exit_code
 from mlx_lora.footprint import Footprint, Shapes, footprint, shapes
 from mlx_lora.loop import total_steps
@@ -65,14 +64,16 @@ def usable(size: int) -> int:
 
 
 def read_rows(config: Config, folder: Path) -> Rows:
-    """The rows of a run. Raises InputError where a file of them is not there or is of no known form."""
+    """The rows of a run, or the longest that there may be where they are not here. Raises InputError for rows of a wrong
+    form."""
     options, longest = config.data, config.data.max_seq_length
     whole = Example(np.zeros(longest, np.int32), np.ones(longest, np.bool_), "")
     paths = [*options.train_paths, *options.valid_paths]
-    if elsewhere := [path for path in paths if path.startswith(HUB)]:
-        number = config.train.batch_size * config.train.gradient_accumulation_steps
-        said = f"{longest} tokens a row (data.max_seq_length): {elsewhere[0]} is not downloaded for this"
-        return Rows([whole] * number, [whole] * number if options.valid != 0 else [], said)
+    for path in paths:
+        if not Path(path).exists():  # of the hub, or not written yet
+            rows = [whole] * config.train.batch_size * config.train.gradient_accumulation_steps
+            said = f"every row has {longest} tokens (data.max_seq_length), since {path} is not on this machine"
+            return Rows(rows, rows if options.valid != 0 else [], said)
     data.check(options, paths)
     if any((folder / name).exists() for name in TOKENIZERS):
         train, valid = data.load(options, model.load_tokenizer(folder, None, config.model))
@@ -89,7 +90,11 @@ def read_rows(config: Config, folder: Path) -> Rows:
 
     train = guessed(options.train_paths)
     valid = guessed(options.valid_paths) if isinstance(options.valid, str) else train if options.valid else []
-    return Rows(train, valid, f"{CHARACTERS} characters a token, all supervised: the tokenizer is not here")
+    return Rows(
+        train,
+        valid,
+        f"a token has {CHARACTERS} characters, and all are learned, since the tokenizer is not on this machine",
+    )
 
 
 def _characters(row: Row) -> int:

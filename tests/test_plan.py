@@ -97,10 +97,11 @@ def write_model(folder: Path, tokenizer: Path | None, family: str, shape: dict[s
     return folder
 
 
-def write_rows(path: Path, characters: tuple[int, int], number: int = 12) -> None:
+def write_rows(path: Path, characters: tuple[int, int], number: int = 12) -> Path:
     prompt, answer = characters
     row = {"prompt": "a" * prompt, "completion": "b" * answer}
     path.write_text((json.dumps(row) + "\n") * number)
+    return path
 
 
 def write_config(folder: Path, model: Path | str) -> Path:
@@ -123,7 +124,20 @@ def planned(capsys: Any, monkeypatch: Any, config: Path, *options: str) -> tuple
     return json.loads(capsys.readouterr().out), code
 
 
-@pytest.mark.skipif(mx.default_device().type != mx.cpu, reason="counted for a CPU")
+def measured(processes: Any, config: Path, options: list[str]) -> int:
+    """The peak that a run of three steps reports, in a process of its own."""
+    process = processes.Process(target=finetune, args=(config, ["train.max_steps=3", *options]))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    events = [event for _, event in metrics.events(config.parent / "run" / metrics.FILE)]
+    return max(event["peak_memory"] for event in events if event["event"] == "train")
+
+
+on_cpu = pytest.mark.skipif(mx.default_device().type != mx.cpu, reason="counted for a CPU")
+
+
+@on_cpu
 @pytest.mark.parametrize(
     "case", [*list(CASES)[:6], *(pytest.param(case, marks=pytest.mark.slow) for case in list(CASES)[6:])]
 )
@@ -138,12 +152,7 @@ def test_the_peak_is_that_of_a_real_run(case, tiny_model, tmp_path, processes, c
     assert facts["assumed"] is None
 
     config = write_config(tmp_path, write_model(tmp_path / "with", tiny_model, family, shape, weights=True))
-    process = processes.Process(target=finetune, args=(config, ["train.max_steps=3", *options]))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    events = [event for _, event in metrics.events(tmp_path / "run" / metrics.FILE)]
-    peak = max(event["peak_memory"] for event in events if event["event"] == "train")
+    peak = measured(processes, config, options)
     print(f"{case}: {facts['bytes']['peak'] / 1e6:.1f} MB planned, {peak / 1e6:.1f} measured")
     assert facts["bytes"]["peak"] == pytest.approx(peak, rel=0.15)
     # beyond what is always there too: a base that is most of the memory would hide much
@@ -151,20 +160,96 @@ def test_the_peak_is_that_of_a_real_run(case, tiny_model, tmp_path, processes, c
     assert facts["bytes"]["peak"] - held == pytest.approx(peak - held, rel=0.25)
 
 
+@on_cpu
+def test_an_evaluation_of_long_rows_is_the_peak(tiny_model, tmp_path, processes, capsys, monkeypatch):
+    write_rows(tmp_path / "rows.jsonl", (10, 20))
+    valid = f"data.valid={write_rows(tmp_path / 'valid.jsonl', (100, 1400), 4)}"
+    config = write_config(tmp_path, write_model(tmp_path / "model", tiny_model, "llama", {}, weights=True))
+    need = planned(capsys, monkeypatch, config, "--set", valid)[0]["bytes"]
+    assert need["evaluation"] > 2 * max(need["kept"] + max(need["backward"], need["logits"]), need["update"])
+    peak = measured(processes, config, [valid])
+    print(f"{need['peak'] / 1e6:.1f} MB planned, {peak / 1e6:.1f} measured")
+    assert need["peak"] == pytest.approx(peak, rel=0.15)
+
+
+@on_cpu
+def test_the_smallest_change_that_would_fit_fits(tiny_model, tmp_path, processes, capsys, monkeypatch):
+    """The changed run takes no more than the limit under which it was suggested, to what is counted."""
+    write_rows(tmp_path / "rows.jsonl", (150, 350))
+    config = write_config(tmp_path, write_model(tmp_path / "model", tiny_model, "llama", {}, weights=True))
+    whole = planned(capsys, monkeypatch, config)[0]["bytes"]["peak"]
+    limit = f"train.memory_limit={0.5 * whole / 1e9:.6f}"
+    change = planned(capsys, monkeypatch, config, "--set", limit)[0]["this_machine"]["change"]
+    assert change.startswith("train.batch_tokens=")
+    assert measured(processes, config, change.split(", ")) < 0.5 * 1.15 * whole
+
+
+# ---- the prefix cache ------------------------------------------------------------------------------------------------
+
+
+def test_a_prefix_cache_in_memory_is_counted_and_can_go_to_a_file(tmp_path, capsys, monkeypatch):
+    config = write_config(tmp_path, write_model(tmp_path / "model", None, "llama", {}, weights=False))
+    write_rows(tmp_path / "rows.jsonl", (100, 201), 50)
+    upper = ("--set", "lora.layers=last:2")
+    need = {}
+    for where in ("memory", "disk", "never"):
+        facts, _ = planned(capsys, monkeypatch, config, *upper, "--set", f"train.prefix_cache={where}")
+        need[where] = facts["bytes"]["prefix"]
+    tokens = -(-301 // 3) - 1  # inputs: all of a row but its last token
+    assert need == {"memory": 50 * tokens * SHAPE["hidden_size"] * 4, "disk": 0, "never": 0}
+
+    options = (*upper, "--set", "train.prefix_cache=memory")
+    whole = planned(capsys, monkeypatch, config, *options)[0]["bytes"]["peak"]
+    limit = f"train.memory_limit={(whole - 1000) / 1e9:.6f}"
+    facts, code = planned(capsys, monkeypatch, config, *options, "--set", limit)
+    assert (facts["this_machine"]["change"], code) == ("train.prefix_cache=disk", 1)
+
+
 # ---- what is not there -----------------------------------------------------------------------------------------------
 
 
-def test_without_tokenizer_and_rows_the_longest_rows_are_assumed(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("train", ["rows.jsonl", "hub:someone/rows"])
+def test_without_rows_the_longest_are_assumed(train, tmp_path, capsys, monkeypatch):
     config = write_config(tmp_path, write_model(tmp_path / "model", None, "llama", {"vocab_size": 500}, weights=False))
-    facts, code = planned(capsys, monkeypatch, config, "--set", "data.max_seq_length=301")
+    options = ("--set", f"data.train={train}", "--set", "data.max_seq_length=301")
+    facts, code = planned(capsys, monkeypatch, config, *options)
     assert (facts["largest_batch"], code) == ([4, 304], 0)  # a multiple of 8
-    assert "301 tokens a row (data.max_seq_length)" in facts["assumed"]
+    assert facts["assumed"] == f"every row has 301 tokens (data.max_seq_length), since {train} is not on this machine"
 
+
+def test_without_a_tokenizer_lengths_are_assumed(tmp_path, capsys, monkeypatch):
+    config = write_config(tmp_path, write_model(tmp_path / "model", None, "llama", {"vocab_size": 500}, weights=False))
     write_rows(tmp_path / "rows.jsonl", (100, 200))
     facts, _ = planned(capsys, monkeypatch, config)
     assert facts["rows"] == 12
     assert 96 <= facts["largest_batch"][1] <= 112  # 300 characters, 3 a token
-    assert "no tokenizer" in facts["assumed"]
+    assert "the tokenizer is not on this machine" in facts["assumed"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (None, "config.json cannot be read"),
+        ("{", "config.json cannot be read"),
+        ("{}", "names no model_type"),
+        ('{"model_type": "abacus"}', "abacus"),
+        ('{"model_type": "llama"}', "cannot be loaded"),
+    ],
+)
+def test_a_config_json_that_cannot_be_used_is_an_error(settings, said, tmp_path, capsys, monkeypatch):
+    (tmp_path / "model").mkdir()
+    if settings is not None:
+        (tmp_path / "model" / "config.json").write_text(settings)
+    write_rows(tmp_path / "rows.jsonl", (10, 10))
+    with pytest.raises(InputError, match=f"model: .*{said}"):
+        planned(capsys, monkeypatch, write_config(tmp_path, tmp_path / "model"))
+
+
+def test_rows_of_a_wrong_form_are_an_error(tmp_path, capsys, monkeypatch):
+    config = write_config(tmp_path, write_model(tmp_path / "model", None, "llama", {}, weights=False))
+    (tmp_path / "rows.jsonl").write_text('{"question": "?"}\n')
+    with pytest.raises(InputError, match=r"rows\.jsonl:1"):
+        planned(capsys, monkeypatch, config)
 
 
 class Hub(BaseHTTPRequestHandler):
