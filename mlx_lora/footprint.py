@@ -33,7 +33,7 @@ _AT_WORK: dict[Level, tuple[tuple[int, ...], tuple[int, ...]]] = {
     False: ((5, 1, 0, 0), (6, 4, 0, 0)),
 }
 # Arrays of I, D, A and K columns of a block's forward pass in an evaluation, which runs uncompiled: most are SwiGLU's.
-_SCORED = (10, 4, 0, 0)
+_SCORED = (10, 4, 2, 2)
 # Arrays of D columns that are there beside the logits: hidden states, gradients, what runs again early.
 _BESIDE_LOGITS: dict[Level, int] = {True: 11, "mlp": 4, "selective": 4, False: 8}
 _LOGITS = 6  # arrays of a part's logits, float32: projected, their powers, two on the way, and so on; one ahead
@@ -268,4 +268,4 @@ def _evaluation(shapes: Shapes, batch: Batch) -> int:
     at_work = max((_columns(_SCORED, block) for block in shapes.blocks.values()), default=0)
     positions = min(POSITIONS, batch.mask.size)
     logits = _LOGITS * positions * min(shapes.vocabulary, part_size(positions)) * 4
-    return batch.mask.size * shapes.size * at_work + logits
+    return max(batch.mask.size * shapes.size * at_work, logits)

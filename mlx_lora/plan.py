@@ -26,6 +26,7 @@ from mlx_lora.planning import with_options
 SIZES = (8, 16, 24, 32, 64, 128)  # GB of memory that machines have
 CHARACTERS = 3  # in a token, where there is no tokenizer to ask; in English there are four or more
 SHORTEST = 64  # tokens of a row: shorter ones are no change to suggest
+LONGEST = 2**20  # tokens of an assumed row, where the model's config names no longest
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -63,16 +64,17 @@ def usable(size: int) -> int:
     return int(0.9 * size * 2**30 * (2 / 3 if size < 36 else 3 / 4))
 
 
-def read_rows(config: Config, folder: Path) -> Rows:
-    """The rows of a run, or the longest that there may be where they are not here. Raises InputError for rows of a wrong
-    form."""
-    options, longest = config.data, config.data.max_seq_length
+def read_rows(config: Config, folder: Path, context: int | None) -> Rows:
+    """The rows of a run; where they are not here, the longest that there may be, up to the model's `context`. Raises
+    InputError for rows of a wrong form."""
+    options, longest = config.data, min(config.data.max_seq_length, context or LONGEST)
     whole = Example(np.zeros(longest, np.int32), np.ones(longest, np.bool_), "")
     paths = [*options.train_paths, *options.valid_paths]
     for path in paths:
         if not Path(path).exists():  # of the hub, or not written yet
             rows = [whole] * config.train.batch_size * config.train.gradient_accumulation_steps
-            said = f"every row has {longest} tokens (data.max_seq_length), since {path} is not on this machine"
+            why = "data.max_seq_length" if longest == options.max_seq_length else "the model's context"
+            said = f"every row has {longest} tokens ({why}), since {path} is not on this machine"
             return Rows(rows, rows if options.valid != 0 else [], said)
     data.check(options, paths)
     if any((folder / name).exists() for name in TOKENIZERS):
@@ -140,29 +142,36 @@ def ways(
 ) -> Iterator[tuple[str, int]]:
     """Changes of a config, the smallest first, as `--set` takes them, each with the bytes that its run takes: none
     (`own`); what changes no result; 4 bits for the base; then shorter rows, halved again and again."""
-    found = shapes(base)
     yield "", own.peak
-    words: list[str] = []
-    if own.prefix:
-        words = ["train.prefix_cache=disk"]
-        yield words[0], replace(own, prefix=0).peak
+
+    def with_or_without_cache(
+        words: list[str], config: Config, batch: Batch, valid: Sequence[Example]
+    ) -> Iterator[tuple[str, int]]:
+        peak = need(found, config, batch, valid, own.prefix).peak
+        yield ", ".join(words), peak
+        if own.prefix:
+            yield ", ".join(["train.prefix_cache=disk", *words]), peak - own.prefix
+
+    found, words = shapes(base), []
     plain = with_options(config, **{name: Train.model_fields[name].default for name in PLANNED})
+    if own.prefix:
+        yield "train.prefix_cache=disk", own.peak - own.prefix
     for quantize in (False, True):
         if quantize:
             if config.model.quantize is not None or any("scales" in module for module in base.modules()):
                 break
             smaller = config.model.model_copy(update={"quantize": Quantize()})
             base = adapted(config.model_copy(update={"model": smaller}), folder, on_cpu)
-            found, words = shapes(base), [*words, "model.quantize={bits: 4}"]
+            found, words = shapes(base), ["model.quantize={bits: 4}"]
         for options, batch in planning.candidates(plain, base, rows.train):
             changed = config.model_copy(update={"train": options})
-            yield _said([*words, *_differences(config, options)]), need(found, changed, batch, rows.valid).peak
+            yield from with_or_without_cache([*words, *_differences(config, options)], changed, batch, rows.valid)
     least = with_options(config, batch_tokens=1, loss_chunk=16, gradient_checkpointing=True)
     length = (max(int(sizes(part)[0].max()) for part in (rows.train, rows.valid) if len(part)) + 1) // 2
     while length >= SHORTEST:
         batch = train_batches(least, planning.cut_rows(rows.train, length)).largest()
-        peak = need(found, least, batch, planning.cut_rows(rows.valid, length)).peak
-        yield _said([*words, f"data.max_seq_length={length}", *_differences(config, least.train)]), peak
+        cut = [*words, f"data.max_seq_length={length}", *_differences(config, least.train)]
+        yield from with_or_without_cache(cut, least, batch, planning.cut_rows(rows.valid, length))
         length //= 2
 
 
@@ -171,10 +180,6 @@ def _differences(config: Config, options: Train) -> list[str]:
         return []
     names = [name for name in PLANNED if getattr(options, name) != getattr(config.train, name)]
     return [f"train.{name}={json.dumps(getattr(options, name)).strip(chr(34))}" for name in names]
-
-
-def _said(settings: list[str]) -> str:
-    return ", ".join(settings)
 
 
 def probe(config: Config, folder: Path, base: nn.Module, rows: Rows) -> Probe:
@@ -200,7 +205,7 @@ def _main() -> None:
     local = model.is_local(config.model.path)
     folder = model.resolve(config.model, weights=False) if local else hub.fetch_config(config.model)
     base = adapted(config, folder, on_cpu)
-    rows = read_rows(config, folder)
+    rows = read_rows(config, folder, getattr(base.args, "max_position_embeddings", None))
     batch = train_batches(config, rows.train).largest()
     found = shapes(base)
     own = need(found, config, batch, rows.valid, kept_prefix(found, config, rows.train))
@@ -248,48 +253,66 @@ def _print(
         console.print(line, markup=False)
 
     lines, width = facts["largest_batch"]
-    say(f"{config.model.path}: {facts['base']}")
-    say(f"{facts['rows']} rows; the largest batch is {lines} x {width} tokens")
+    say(f"model: {config.model.path}; base {facts['base']}")
+    say(f"{facts['rows']} rows to train on; the largest batch has {lines} x {width} tokens")
     if facts["assumed"]:
         say(f"assumed: {facts['assumed']}")
     say("")
     console.print(_parts(config, need))
     say("")
-    if config.train.plan == "auto":
-        say("Where that does not fit, train.plan: auto computes less at a time and recomputes more.")
     say(_verdict("this machine", here))
     say("")
     console.print(_machines(fits))
     say("")
-    say("Can be used: nine tenths of what macOS lets a GPU have of its memory.")
+    if config.train.plan == "auto":
+        say("What does not fit as it stands, train.plan: auto computes in smaller parts, and recomputes more.")
+    say("A run can use nine tenths of what macOS lets a GPU have of a machine's memory.")
     if facts["device"] == "cpu":
-        say("Counted for a CPU, where auto means float32; for a Mac's GPU: --device gpu.")
+        say("Counted for a CPU, where model.dtype: auto is float32. For a Mac's GPU: --device gpu.")
     else:
-        say("Counted for a GPU as on a CPU, in its types; never measured on one.")
+        say("Counted for a GPU as for a CPU, but in its types. Never measured on a GPU.")
     if not facts["compiled"]:
-        say("Steps run uncompiled here (no C++ compiler) and take more than this.")
+        say("There is no C++ compiler here, so steps run uncompiled, and take more memory than this.")
     if found:
         weights = "random weights of this shape" if found.random_weights else "the model's weights"
-        epoch = "" if found.epoch_seconds is None else f", about {found.epoch_seconds / 60:.1f} min an epoch"
+        say("")
         say(
-            f"probe, with {weights}: {found.seconds:.2f} s for the largest batch{epoch}; {found.peak / 1e9:.2f} GB held"
+            f"probe: the largest batch, computed with {weights}, took {found.seconds:.2f} s and {found.peak / 1e9:.2f} "
+            f"GB{'' if found.epoch_seconds is None else f'; so an epoch takes about {_time(found.epoch_seconds)}'}"
         )
+
+
+def _time(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def _parts(config: Config, need: Footprint) -> Table:
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("what is in memory")
     table.add_column("GB", justify="right")
-    for name, part in (
-        ("weights", need.weights),
-        ("adapter, as it was and as it is" + ", and the best" * (config.data.valid != 0), need.adapter),
-        (f"optimizer ({config.train.optimizer.name})", need.optimizer),
-        ("activations kept for the backward pass", need.kept),
-        ("  for a moment, the largest of: a block's backward pass", need.backward),
-        ("  ... logits, in parts", need.logits),
-        ("  ... the update, when activations are gone", need.update),
-    ):
-        table.add_row(name, f"{part / 1e9:.2f}")
+    always = {
+        "weights": need.weights,
+        "adapter: now, an update ago" + ", and the best" * (need.evaluation > 0): need.adapter,
+        f"optimizer ({config.train.optimizer.name})": need.optimizer,
+        "prefix cache (train.prefix_cache)": need.prefix,
+        "activations kept for the backward pass": need.kept,
+    }
+    for name, part in always.items():
+        if part or name != "prefix cache (train.prefix_cache)":
+            table.add_row(name, f"{part / 1e9:.2f}")
+    table.add_section()
+    table.add_row("and one at a time", "")
+    table.add_row("  activations of the block that is computed", f"{need.backward / 1e9:.2f}")
+    table.add_row("  logits, a part of them at a time", f"{need.logits / 1e9:.2f}")
+    table.add_row("  without activations: the update of the adapter", f"{need.update / 1e9:.2f}")
+    if need.evaluation:
+        table.add_row("  without activations: an evaluation", f"{need.evaluation / 1e9:.2f}")
     table.add_section()
     table.add_row("peak", f"{need.peak / 1e9:.2f}")
     return table
@@ -306,7 +329,7 @@ def _machines(fits: dict[int, Fit]) -> Table:
 
 
 def _verdict(name: str, fit: Fit) -> str:
-    return f"{name}, of which {fit.usable / 1e9:.1f} GB can be used: {_answer(fit)}"
+    return f"{name}, where {fit.usable / 1e9:.1f} GB can be used: {_answer(fit)}"
 
 
 def _answer(fit: Fit) -> str:

@@ -216,6 +216,10 @@ def test_without_rows_the_longest_are_assumed(train, tmp_path, capsys, monkeypat
     assert (facts["largest_batch"], code) == ([4, 304], 0)  # a multiple of 8
     assert facts["assumed"] == f"every row has 301 tokens (data.max_seq_length), since {train} is not on this machine"
 
+    facts, _ = planned(capsys, monkeypatch, config, *options[:2], "--set", "data.max_seq_length=1000000000")
+    assert facts["largest_batch"] == [4, SHAPE["max_position_embeddings"]]
+    assert "4096 tokens (the model's context)" in facts["assumed"]
+
 
 def test_without_a_tokenizer_lengths_are_assumed(tmp_path, capsys, monkeypatch):
     config = write_config(tmp_path, write_model(tmp_path / "model", None, "llama", {"vocab_size": 500}, weights=False))
