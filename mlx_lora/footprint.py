@@ -1,4 +1,4 @@
-"""The memory that an update takes, from shapes alone: no weight has to exist, and nothing is computed.
+"""The memory that a run takes, from shapes alone: no weight has to exist, and nothing is computed.
 
 Activations are counted in columns: one number for each token. What a block keeps for its backward pass follows from
 what our layers and `remember` keep, and from the widths of its layers: D of the hidden states, A of the queries, K of

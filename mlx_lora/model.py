@@ -67,6 +67,8 @@ def load(options: Model, weights: bool = True, as_stored: bool = False, evaluate
             model, config = mlx_lm.utils.load_model(folder, lazy=True, model_config=changes, trust_remote_code=False)
         else:
             model, config = _structure(folder, changes)
+    except InputError:
+        raise
     except Exception as error:  # models raise anything at all for a config that does not suit them
         raise InputError(f"model: {options.path} cannot be loaded: {_words(error)}") from None
     _check_rope(model, config, folder)
@@ -89,6 +91,8 @@ def structure(options: Model, folder: Path, on_cpu: bool) -> nn.Module:
     config = _config(folder)
     try:
         model, config = _structure(folder, _changes(config, folder))
+    except InputError:
+        raise
     except Exception as error:  # models raise anything at all for a config that does not suit them
         raise InputError(f"model: {options.path} cannot be loaded: {_words(error)}") from None
     _check_rope(model, config, folder)

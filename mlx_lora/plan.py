@@ -115,7 +115,10 @@ def _characters(row: Row) -> int:
 def adapted(config: Config, folder: Path, on_cpu: bool) -> nn.Module:
     """The model with its adapter: shapes and types only."""
     base = model.structure(config.model, folder, on_cpu)
-    lora.attach(base, config.lora, config.train.seed)
+    try:
+        lora.attach(base, config.lora, config.train.seed)
+    except (ValueError, OverflowError) as error:
+        raise InputError(f"model: {folder / 'config.json'}: no array can be as large as it says ({error})") from None
     return base
 
 

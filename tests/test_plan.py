@@ -238,6 +238,7 @@ def test_without_a_tokenizer_lengths_are_assumed(tmp_path, capsys, monkeypatch):
         ("{}", "names no model_type"),
         ('{"model_type": "abacus"}', "abacus"),
         ('{"model_type": "llama"}', "cannot be loaded"),
+        (json.dumps(settings_of("llama", {}) | {"hidden_size": 10**9}), "no array can be as large"),
     ],
 )
 def test_a_config_json_that_cannot_be_used_is_an_error(settings, said, tmp_path, capsys, monkeypatch):
