@@ -75,7 +75,7 @@ def read_rows(config: Config, folder: Path, context: int | None) -> Rows:
             rows = [whole] * config.train.batch_size * config.train.gradient_accumulation_steps
             why = "data.max_seq_length" if longest == options.max_seq_length else "the model's context"
             said = f"every row has {longest} tokens ({why}), since {path} is not on this machine"
-            return Rows(rows, rows if options.valid != 0 else [], said)
+            return Rows(rows, [] if options.valid == 0 else rows, said)
     data.check(options, paths)
     if any((folder / name).exists() for name in TOKENIZERS):
         train, valid = data.load(options, model.load_tokenizer(folder, None, config.model))
@@ -91,12 +91,13 @@ def read_rows(config: Config, folder: Path, context: int | None) -> Rows:
         ]
 
     train = guessed(options.train_paths)
-    valid = guessed(options.valid_paths) if isinstance(options.valid, str) else train if options.valid else []
-    return Rows(
-        train,
-        valid,
-        f"a token has {CHARACTERS} characters, and all are learned, since the tokenizer is not on this machine",
-    )
+    if not train:
+        raise InputError(f"data.train: {', '.join(options.train_paths)}: no row to train on")
+    valid = train if options.valid else []
+    if isinstance(options.valid, str):
+        valid = guessed(options.valid_paths)
+    said = f"a token has {CHARACTERS} characters, and all are learned, since the tokenizer is not on this machine"
+    return Rows(train, valid, said)
 
 
 def _characters(row: Row) -> int:
@@ -145,7 +146,8 @@ def ways(
 ) -> Iterator[tuple[str, int]]:
     """Changes of a config, the smallest first, as `--set` takes them, each with the bytes that its run takes: none
     (`own`); what changes no result; 4 bits for the base; then shorter rows, halved again and again."""
-    yield "", own.peak
+    found = shapes(base)
+    words: list[str] = []
 
     def with_or_without_cache(
         words: list[str], config: Config, batch: Batch, valid: Sequence[Example]
@@ -155,7 +157,7 @@ def ways(
         if own.prefix:
             yield ", ".join(["train.prefix_cache=disk", *words]), peak - own.prefix
 
-    found, words = shapes(base), []
+    yield "", own.peak
     plain = with_options(config, **{name: Train.model_fields[name].default for name in PLANNED})
     if own.prefix:
         yield "train.prefix_cache=disk", own.peak - own.prefix
@@ -286,13 +288,9 @@ def _print(
 
 
 def _time(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _parts(config: Config, need: Footprint) -> Table:
