@@ -91,8 +91,6 @@ def read_rows(config: Config, folder: Path, context: int | None) -> Rows:
         ]
 
     train = guessed(options.train_paths)
-    if not train:
-        raise InputError(f"data.train: {', '.join(options.train_paths)}: no row to train on")
     valid = train if options.valid else []
     if isinstance(options.valid, str):
         valid = guessed(options.valid_paths)
