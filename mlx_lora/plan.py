@@ -78,8 +78,8 @@ def read_rows(config: Config, folder: Path, context: int | None) -> Rows:
             return Rows(rows, [] if options.valid == 0 else rows, said)
     data.check(options, paths)
     if any((folder / name).exists() for name in TOKENIZERS):
-        train, valid = data.load(options, model.load_tokenizer(folder, None, config.model))
-        return Rows(train.examples, valid.examples if valid else [], None)
+        tokenized, held_out = data.load(options, model.load_tokenizer(folder, None, config.model))
+        return Rows(tokenized.examples, held_out.examples if held_out else [], None)
 
     def guessed(paths: list[str]) -> list[Example]:
         rows = (row for path in paths for row in data.entries(path, longest) if isinstance(row, Row))

@@ -233,7 +233,7 @@ def test_without_a_tokenizer_lengths_are_assumed(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (None, "config.json cannot be read"),
+        (None, "it has no config.json"),
         ("{", "config.json cannot be read"),
         ("{}", "names no model_type"),
         ('{"model_type": "abacus"}', "abacus"),
