@@ -173,6 +173,7 @@ def test_an_evaluation_of_long_rows_is_the_peak(tiny_model, tmp_path, processes,
 
 
 @on_cpu
+@pytest.mark.slow
 def test_the_smallest_change_that_would_fit_fits(tiny_model, tmp_path, processes, capsys, monkeypatch):
     """The changed run takes no more than the limit under which it was suggested, to what is counted."""
     write_rows(tmp_path / "rows.jsonl", (150, 350))
