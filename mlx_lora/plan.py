@@ -32,10 +32,12 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 @dataclass(frozen=True)
 class Fit:
-    """Into how many bytes a run is to fit, and what makes it fit: nothing needed (""), a change, or nothing (None)."""
+    """Into how many bytes a run is to fit, what makes it fit, and the bytes it then takes: nothing needed (""; but for
+    what `train.plan: auto` does by itself), a change, or nothing (None)."""
 
     usable: int
     change: str | None
+    peak: int | None
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ def _main() -> None:
     changes = list(ways(config, folder, base, rows, on_cpu, own))
 
     def fit(limit: int) -> Fit:
-        return Fit(limit, next((change for change, peak in changes if peak <= limit), None))
+        return Fit(limit, *next(((change, peak) for change, peak in changes if peak <= limit), (None, None)))
 
     limit = config.train.memory_limit
     room = int(0.9 * memory.available())  # a tenth is for freed buffers
@@ -263,12 +265,12 @@ def _print(
     say("")
     console.print(_parts(config, need))
     say("")
-    say(_verdict("this machine", here))
+    say(_verdict("this machine", here, need.peak))
     say("")
-    console.print(_machines(fits))
+    console.print(_machines(fits, need.peak))
     say("")
     if config.train.plan == "auto":
-        say("What does not fit as it stands, train.plan: auto computes in smaller parts, and recomputes more.")
+        say("train.plan: auto computes what does not fit as it stands in smaller parts, and recomputes more.")
     say("A run can use nine tenths of what macOS lets a GPU have of a machine's memory.")
     if facts["device"] == "cpu":
         say("Counted for a CPU, where model.dtype: auto is float32. For a Mac's GPU: --device gpu.")
@@ -317,24 +319,27 @@ def _parts(config: Config, need: Footprint) -> Table:
     return table
 
 
-def _machines(fits: dict[int, Fit]) -> Table:
+def _machines(fits: dict[int, Fit], whole: int) -> Table:
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("machine", justify="right", no_wrap=True)
     table.add_column("can be used", justify="right", no_wrap=True)
     table.add_column("")
     for size, fit in fits.items():
-        table.add_row(f"{size} GB", f"{fit.usable / 1e9:.1f} GB", _answer(fit))
+        table.add_row(f"{size} GB", f"{fit.usable / 1e9:.1f} GB", _answer(fit, whole))
     return table
 
 
-def _verdict(name: str, fit: Fit) -> str:
-    return f"{name}, where {fit.usable / 1e9:.1f} GB can be used: {_answer(fit)}"
+def _verdict(name: str, fit: Fit, whole: int) -> str:
+    return f"{name}, where {fit.usable / 1e9:.1f} GB can be used: {_answer(fit, whole)}"
 
 
-def _answer(fit: Fit) -> str:
-    if fit.change is None:
+def _answer(fit: Fit, whole: int) -> str:
+    """`whole`: the bytes that the run takes as it stands."""
+    if fit.change is None or fit.peak is None:
         return "does not fit: adapt fewer lora.layers, or choose a smaller model"
-    return f"fits with {fit.change}" if fit.change else "fits"
+    if fit.change:
+        return f"fits with {fit.change}"
+    return "fits" if fit.peak == whole else f"fits in {fit.peak / 1e9:.1f} GB, by train.plan: auto"
 
 
 def _parser() -> argparse.ArgumentParser:
