@@ -19,6 +19,9 @@ import mlx_lora  # noqa: F401  (loads OpenBLAS before anything imports MLX)
 # Ignored by nohup and by a shell's `&`, which would be handed on to every run that a test starts.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Of the terminal that the tests run in: those of the tests have their own sizes.
+os.environ.pop("COLUMNS", None)
+os.environ.pop("LINES", None)
 ROOT = Path(__file__).parents[1]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mlx_lora" / "tests"
 
