@@ -26,7 +26,7 @@ import mlx.core as mx
 from rich.console import Console
 from rich.table import Table
 
-from mlx_lora import finetune, metrics, model
+from mlx_lora import config_file, finetune, metrics, model
 from mlx_lora.display import sparkline
 from mlx_lora.errors import exit_code
 
@@ -37,12 +37,13 @@ ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_pro
 
 @dataclass(frozen=True)
 class Choice:
-    """What differs from the baseline: options, how many of the training rows there are (the updates are as many), and
-    whether the rows that it is judged by are among them."""
+    """What differs from the baseline: options, how many rows there are to train on (the updates are as many), whether
+    it is judged by these instead of held-out ones, and whether only the upper half of the blocks is adapted."""
 
     options: dict[str, Any] = field(default_factory=dict)
     rows: int = ROWS
     leak: bool = False
+    last_half: bool = False
 
 
 def _rank(rank: int, alpha: float) -> Choice:
@@ -58,14 +59,14 @@ CHOICES = {
     "rank 1, alpha 2": _rank(1, 2),
     "rank 4, alpha 8": _rank(4, 8),
     "rank 64, alpha 128": _rank(64, 128),
-    "rank 64, alpha 32": _rank(64, 32),
+    "rank 64, alpha 32": Choice({"lora.rank": 64}),
     "q and v only": Choice({"lora.target_modules": ["q_proj", "v_proj"]}),
     "attention only": Choice({"lora.target_modules": ATTENTION}),
     "attention only, rank 42": Choice({"lora.target_modules": ATTENTION, "lora.rank": 42, "lora.alpha": 84}),
     "MLP only": Choice({"lora.target_modules": MLP}),
-    "last half of the blocks": Choice({"lora.layers": "last half"}),
+    "last half of the blocks": Choice(last_half=True),
     "8 rows, 12 epochs": Choice(rows=8),
-    "8 rows, held-out ones": Choice(rows=8, leak=True),
+    "8 rows, judged by themselves": Choice(rows=8, leak=True),
 }
 
 
@@ -98,37 +99,39 @@ def config(choice: Choice, seed: int, common: Setting, folder: Path) -> dict[str
     held_out = train if choice.leak else common.held_out
     for name, lines in (("train", train), ("held_out", held_out)):
         (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    chosen: dict[str, Any] = {
-        "model": {"path": str(common.base)},
-        "data": {"train": str(folder / "train.jsonl"), "valid": str(folder / "held_out.jsonl")},
-        "lora": {"rank": 16, "alpha": 32},
-        "train": {
-            "learning_rate": 1e-3,
-            "schedule": {"name": "cosine", "warmup": 0.1},
-            "batch_size": 4,
-            "max_steps": common.updates,
-            "epochs": None,
-            "seed": seed,
-        },
-        "eval": {"every": EVERY},
-        "checkpoint": {"every": 10_000, "keep": 1},
-        "log": {"every": 1},
-        "output_dir": str(folder / "run"),
-    }
-    for name, value in choice.options.items():
-        group, option = name.split(".")
-        chosen[group][option] = f"last:{common.blocks // 2}" if value == "last half" else value
-    return chosen
+    half = {"lora.layers": f"last:{common.blocks // 2}"} if choice.last_half else {}
+    return config_file.nested(
+        {
+            "model.path": str(common.base),
+            "data.train": str(folder / "train.jsonl"),
+            "data.valid": str(folder / "held_out.jsonl"),
+            "lora.rank": 16,
+            "lora.alpha": 32,
+            "train.learning_rate": 1e-3,
+            "train.schedule.warmup": 0.1,
+            "train.batch_size": 4,
+            "train.max_steps": common.updates,
+            "train.epochs": None,
+            "train.seed": seed,
+            "eval.every": EVERY,
+            "checkpoint.every": common.updates,
+            "log.every": 1,
+            "output_dir": str(folder / "run"),
+            **choice.options,
+            **half,
+        }
+    )
 
 
 def measure(name: str, choice: Choice, seed: int, common: Setting, folder: Path) -> dict[str, Any]:
     """Trains, or reads what was trained before: counts and curves. A loss that was not finite is None."""
     options, run = config(choice, seed, common, folder), folder / "run"
-    with (folder / "console.txt").open("a", encoding="utf-8") as console, redirect_stdout(console):
-        finetune(options, resume=run.exists())
-    gc.collect()
-    mx.clear_cache()
-    events = [event for _, event in metrics.events(run / metrics.FILE)]
+    if not any(event["event"] == "eval" and event["step"] == common.updates for event in _events(run)):
+        with (folder / "console.txt").open("a", encoding="utf-8") as console, redirect_stdout(console):
+            finetune(options, resume=run.exists())
+        gc.collect()
+        mx.clear_cache()
+    events = _events(run)
     start = next(event for event in events if event["event"] == "start")
     evaluated = [(event["step"], event["loss"]) for event in events if event["event"] == "eval"]
     best_step, best = min((pair for pair in evaluated if pair[1] is not None), key=lambda pair: pair[1])
@@ -143,6 +146,10 @@ def measure(name: str, choice: Choice, seed: int, common: Setting, folder: Path)
         "train": [event["loss"] for event in events if event["event"] == "train"],
         "gradient_norm": [event["gradient_norm"] for event in events if event["event"] == "train"],
     }
+
+
+def _events(run: Path) -> list[dict[str, Any]]:
+    return [event for _, event in metrics.events(run / metrics.FILE)]
 
 
 def table(figures: dict[str, Any]) -> Table:

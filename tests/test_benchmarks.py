@@ -17,7 +17,7 @@ import pytest
 import torch
 from mlx_lm.tuner.datasets import create_dataset
 
-from mlx_lora import data, lora, model
+from mlx_lora import config_file, data, lora, model, page
 from mlx_lora.config import Data, Lora
 from mlx_lora.data import Example
 from mlx_lora.errors import InputError
@@ -296,6 +296,51 @@ def test_the_ways_of_a_technique_differ(benchmark: Callable[[str], ModuleType]) 
     assert [side.step.output.at_once for side in both("logits in parts")] == [None, "for comparison"]
     sides = both("frozen prefix kept, top half adapted")
     assert [side.updates[0][0].kept is not None for side in sides] == [True, False]
+
+
+# ---- choices ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_choices(tmp_path: Path) -> None:
+    options = ["--tiny", "--seeds", "2", "--runs", str(tmp_path / "runs"), "--choices", "learning rate 1e-2"]
+    text, figures = run("choices.py", tmp_path, *options)
+    *baselines, changed = figures["runs"]
+    assert [(found["name"], found["seed"]) for found in baselines] == [("baseline", 0), ("baseline", 1)]
+    for key in ("best", "end"):
+        assert figures["baseline"][key] == pytest.approx(np.mean([found[key] for found in baselines]))
+        assert f"{changed[key] / figures['baseline'][key]:.2f}" in text
+    for found in figures["runs"]:
+        steps, losses = zip(*found["held_out"], strict=True)
+        assert (found["best"], found["end"]) == (min(losses), losses[-1])
+        assert found["best_step"] == steps[losses.index(min(losses))]
+        assert len(found["train"]) == steps[-1] == 12
+    assert baselines[0]["end"] != baselines[1]["end"]
+    assert changed["end"] < min(found["end"] for found in baselines)  # so few updates are too few for the lower rate
+    assert changed["trainable"] == baselines[0]["trainable"]
+    again, same = run("choices.py", tmp_path, *options)  # read, not trained anew
+    assert (again, same) == (text, figures)
+
+
+def test_a_choice_is_the_only_difference(tmp_path: Path, benchmark: Callable[[str], ModuleType]) -> None:
+    choices = benchmark("choices")
+    rows = [f'{{"text": "{number}"}}' for number in range(120)]
+    common = choices.Setting(tmp_path, 30, rows[:96], rows[96:], 24)
+
+    def options(choice: Any) -> dict[str, str]:
+        """By name, the rows among them."""
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        config = config_file.parse(choices.config(choice, 0, common, folder))
+        rows = {name: (folder / f"{name}.jsonl").read_text() for name in ("train", "held_out")}
+        found = {name: value for name, (value, _) in page._options(config).items()}
+        return {name: value for name, value in found.items() if str(folder) not in value} | rows
+
+    base = options(choices.Choice())
+    for name, choice in choices.CHOICES.items():
+        found = options(choice)
+        changed = {"train": choice.rows < 96, "held_out": choice.leak, "lora.layers": choice.last_half}
+        expected = {*choice.options, *(option for option, changes in changed.items() if changes)}
+        assert {option for option in base if found[option] != base[option]} == expected != set(), name
 
 
 # ---- PEFT ------------------------------------------------------------------------------------------------------------
