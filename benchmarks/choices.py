@@ -57,6 +57,7 @@ CHOICES = {
     "learning rate 3e-3": Choice({"train.learning_rate": 3e-3}),
     "learning rate 1e-2": Choice({"train.learning_rate": 1e-2}),
     "rank 1, alpha 2": _rank(1, 2),
+    "rank 1, rate 3e-3": Choice({"lora.rank": 1, "lora.alpha": 2, "train.learning_rate": 3e-3}),
     "rank 4, alpha 8": _rank(4, 8),
     "rank 64, alpha 128": _rank(64, 128),
     "rank 64, alpha 32": Choice({"lora.rank": 64}),
