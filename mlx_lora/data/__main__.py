@@ -44,7 +44,7 @@ def _main() -> None:
     rows = shown(train, tokenizer, options.rows)
     spoiling = sum(finding.spoils for finding in findings)
     found = "1 finding" if len(findings) == 1 else f"{len(findings) or 'no'} findings"
-    verdict = f"{found}, {spoiling or 'none'} that would spoil a run"
+    verdict = f"{found}, {spoiling or 'none'} that would spoil a run" if findings else found
     if options.html:
         with files.writing(Path(options.html).parent), files.new_file(Path(options.html)) as html:
             text = page.page(options.config, sides, histogram, notes, rows, findings, verdict)
@@ -93,7 +93,7 @@ def _print(
 
 
 def _sides(sides: list[Summary]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for name in ("", *sides[0].counts):
         table.add_column(name, justify="left" if name in ("", "form") else "right", no_wrap=True)
     for side in sides:
