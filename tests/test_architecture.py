@@ -26,6 +26,7 @@ ORDER = [
     "data.formats",
     "data.oddities",
     "data.examples",
+    "data.dataset",
     "data.cache",
     "data",
     "data.checks",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mlx_lora.config import Data
-from mlx_lora.data import Dataset, Listed
+from mlx_lora.data.dataset import Dataset, Listed
 from mlx_lora.data.examples import FINE, OPEN, PIECE, RECORDS, Examples
 from mlx_lora.data.oddities import CHARACTERS, CONTROL_TOKEN, DOUBLE_START, PATTERNS
 
